@@ -1,0 +1,39 @@
+"""diffkd: knowledge distillation for vision, with Knowledge Diffusion (NeurIPS 2023) at its heart."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from diffkd.batch import Batch
+    from diffkd.data.base import Data
+    from diffkd.distiller import Distiller
+    from diffkd.errors import UserError
+    from diffkd.methods.base import Method, Setup
+    from diffkd.methods.diffkd import DiffKD
+    from diffkd.tasks.base import Task
+
+# Loaded on first use, so that the command line answers before PyTorch is imported.
+_HOMES = {
+    "Batch": "batch",
+    "Data": "data.base",
+    "DiffKD": "methods.diffkd",
+    "Distiller": "distiller",
+    "Method": "methods.base",
+    "Setup": "methods.base",
+    "Task": "tasks.base",
+    "UserError": "errors",
+}
+
+__all__ = ["Batch", "Data", "DiffKD", "Distiller", "Method", "Setup", "Task", "UserError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diffkd' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"diffkd.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

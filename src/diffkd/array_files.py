@@ -1,0 +1,277 @@
+"""Arrays of pictures and labels read from files, with every mistake in them named."""
+
+import contextlib
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkd.errors import UserError
+from diffkd.options import data_folder
+from diffkd.pictures import ArraySplit, hold_out
+
+CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+Labels = Literal["needed", "if there", "ignored"]
+
+
+class Arrays(NamedTuple):
+    """One split.
+
+    Attributes:
+        images: `(N, C, H, W)`, uint8, or float32 in 0 to 1.
+        targets: `(N,)` int64, or None.
+        source: the file that the labels, or else the images, came from.
+    """
+
+    images: Tensor
+    targets: Tensor | None
+    source: str
+
+    def part(self, places: np.ndarray) -> "Arrays":
+        """The samples at `places` only."""
+        chosen = torch.from_numpy(places)
+        targets = None if self.targets is None else self.targets[chosen]
+        return self._replace(images=self.images[chosen], targets=targets)
+
+
+@dataclass(frozen=True)
+class ArrayOptions:
+    """How pictures in memory are augmented.
+
+    Attributes:
+        crop_padding: pixels of black added on every side before a random crop of the old size.
+        flip: mirror left and right at random; turn it off where that changes the class.
+        cutout: side in pixels of a square painted over with the mean colour (arXiv 1708.04552).
+
+    Raises:
+        UserError: a number is negative.
+    """
+
+    crop_padding: int = 4
+    flip: bool = True
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_padding", "cutout"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name}={getattr(self, name)} is negative; give 0 or more pixels")
+
+    def split(self, arrays: Arrays, mean: tuple[float, ...]) -> ArraySplit:
+        """A training split augmented so; `mean` is the colour that squares are painted with."""
+        return ArraySplit(
+            arrays.images,
+            arrays.targets,
+            crop_padding=self.crop_padding,
+            flip=self.flip,
+            cutout=self.cutout,
+            fill=mean,
+        )
+
+
+def load_arrays(
+    folder: Path, *, labels: Literal["given", "none"], val_fraction: float, num_classes: int | None
+) -> tuple[Arrays, Arrays, int, tuple[str, ...]]:
+    """Both splits of a folder, the number of classes, and notes on what was decided.
+
+    Args:
+        folder: holds for each split what `read_split` reads; without a test split, a share of the
+            training pictures is held out.
+        labels: "none" leaves the training labels unread.
+        val_fraction: the share held out.
+        num_classes: None counts them from the labels.
+
+    Raises:
+        UserError: a file is missing, damaged or holds the wrong thing; it is named.
+    """
+    unlabelled = labels == "none"
+    train = read_split(folder, "train", "ignored" if unlabelled else "needed")
+    if train is None:
+        found = sorted(path.name for path in folder.iterdir())[:6]
+        raise UserError(
+            f"no train.npz, x_train.npy or train-images-idx3-ubyte in '{folder}'"
+            f" (there: {', '.join(found) or 'nothing'})"
+        )
+    notes: tuple[str, ...] = ()
+    test = read_split(folder, "test", "if there" if unlabelled else "needed")
+    if test is None:
+        classes = None if train.targets is None else train.targets.numpy()
+        kept, held = hold_out(len(train.images), val_fraction, classes)
+        notes = (f"no test file: {len(held)} of {len(train.images)} training pictures held out as test",)
+        train, test = train.part(kept), train.part(held)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        shapes = [tuple(arrays.images.shape[1:]) for arrays in (train, test)]
+        raise UserError(f"training pictures are {shapes[0]} (C, H, W), test pictures {shapes[1]}")
+    return train, test, _count_classes(train, test, num_classes), notes
+
+
+def _count_classes(train: Arrays, test: Arrays, num_classes: int | None) -> int:
+    highest = [
+        (int(arrays.targets.max()), arrays.source) for arrays in (train, test) if arrays.targets is not None
+    ]
+    if num_classes is None and not highest:
+        raise UserError("without labels, say how many classes the teacher tells apart: data.num_classes=K")
+    count = num_classes or max(highest)[0] + 1
+    for label, source in highest:
+        if label >= count:
+            raise UserError(f"{source} holds the label {label}, outside 0 to {count - 1} for {count} classes")
+    return count
+
+
+def read_split(folder: Path, split: Literal["train", "test"], labels: Labels) -> Arrays | None:
+    """One split of a folder; None where it has no file of it.
+
+    Read are, in this order, `train.npz` with the arrays `x` and `y`; `x_train.npy` and
+    `y_train.npy`; and the files of MNIST, `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`
+    (`t10k-...` for the test), gzipped or not.
+
+    Raises:
+        UserError: a file is damaged or holds the wrong thing; it is named.
+    """
+    for pictures, classes in _file_names(split):
+        source = folder / pictures
+        if source.is_file():
+            images = _checked_images(_read(source, "x"), source)
+            if labels == "ignored":
+                return Arrays(images, None, f"'{source}'")
+            source = folder / classes
+            values = _read(source, "y")
+            if values is None and labels == "needed":
+                what = "no y in" if source.is_file() else "no labels: there is no"
+                raise UserError(f"{what} '{source}'; add them, or set data.labels=none")
+            targets = None if values is None else _checked_labels(values, len(images), source)
+            return Arrays(images, targets, f"'{source}'")
+    return None
+
+
+def _file_names(split: str) -> Iterator[tuple[str, str]]:
+    """Where the pictures of a split may be, and its labels."""
+    yield f"{split}.npz", f"{split}.npz"
+    yield f"x_{split}.npy", f"y_{split}.npy"
+    idx = "train" if split == "train" else "t10k"
+    for ending in ("", ".gz"):
+        yield f"{idx}-images-idx3-ubyte{ending}", f"{idx}-labels-idx1-ubyte{ending}"
+
+
+def _read(path: Path, key: str) -> np.ndarray | None:
+    """The array of a file, by its name an archive (then that at `key`), an array, or MNIST's; or None."""
+    if not path.is_file():
+        return None
+    with _naming(path):
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return np.asarray(archive[key]) if key in archive else None
+        if path.suffix == ".npy":
+            return np.asarray(np.load(path, allow_pickle=False))
+        return _parse_idx(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns whatever goes wrong with a damaged file into one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"cannot read '{path}': {reason}") from error
+
+
+def _parse_idx(content: bytes) -> np.ndarray:
+    """The array of bytes in MNIST's format: two zeros, the type 8, the rank, each length, the data."""
+    if content[:3] != b"\0\0\x08":
+        raise ValueError("not an idx file of unsigned bytes")
+    shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
+
+
+def _checked_images(images: np.ndarray | None, source: Path) -> Tensor:
+    """Pictures `(N, C, H, W)`, uint8 or float32."""
+    if images is None:
+        raise UserError(f"no x in '{source}'")
+    shape, wanted = images.shape, "(N, H, W, C) or (N, H, W)"
+    if images.ndim not in (3, 4) or 0 in shape:
+        raise UserError(f"pictures in '{source}' have the shape {shape}, must be {wanted}")
+    if images.ndim == 4 and shape[1] <= 4 < shape[3]:
+        raise UserError(
+            f"pictures in '{source}' have the shape {shape}, which looks like (N, C, H, W), not {wanted}"
+        )
+    if images.dtype != np.uint8:
+        if not np.issubdtype(images.dtype, np.floating):
+            raise UserError(f"pictures in '{source}' are {images.dtype}, must be uint8 (or float in 0 to 1)")
+        if not np.isfinite(images).all():
+            raise UserError(f"pictures in '{source}' hold NaN or infinite values")
+        low, high = float(images.min()), float(images.max())
+        if low < 0 or high > 1:
+            raise UserError(
+                f"floating-point pictures in '{source}' go from {low:g} to {high:g}, must lie in 0 to 1"
+            )
+        images = images.astype(np.float32)
+    pictures = torch.from_numpy(images)
+    return pictures[:, None] if images.ndim == 3 else pictures.permute(0, 3, 1, 2).contiguous()
+
+
+def _checked_labels(labels: np.ndarray, count: int, source: Path) -> Tensor:
+    """Class indices `(N,)`, int64."""
+    if labels.shape != (count,):
+        raise UserError(
+            f"labels in '{source}' have the shape {labels.shape}, must be ({count},), one a picture"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"labels in '{source}' are {labels.dtype}, must be integers")
+    if labels.min() < 0:
+        place = int(np.argmin(labels))
+        raise UserError(f"'{source}' holds the label {labels[place]} (at {place}), must be 0 or more")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def load_cifar(root: str | None, name: str, download: bool) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """Both splits of CIFAR-10 or CIFAR-100 and the names of the classes, empty where not told.
+
+    Args:
+        root: folder with `train.npz` and `test.npz`, or with the official Python version, which
+            torchvision reads once its checksums are right.
+        name: one of `CIFAR_CLASSES`.
+        download: fetch the official version if it is not there.
+
+    Raises:
+        UserError: nothing of the kind is there, it is damaged, or the download fails.
+    """
+    folder = Path(root).expanduser() if download and root is not None else data_folder(root, name)
+    train, test = read_split(folder, "train", "needed"), read_split(folder, "test", "needed")
+    if train is None or test is None:
+        return _official_cifar(folder, name, download)
+    for arrays in (train, test):
+        if arrays.images.shape[1:] != (3, 32, 32):
+            raise UserError(
+                f"pictures in {arrays.source} are {tuple(arrays.images.shape[1:])}, not (3, 32, 32)"
+            )
+    _count_classes(train, test, CIFAR_CLASSES[name])
+    return train, test, ()
+
+
+def _official_cifar(folder: Path, name: str, download: bool) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    from torchvision import datasets
+
+    kind = getattr(datasets, name.upper())
+    try:
+        train, test = (kind(str(folder), train=train, download=download) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        if download:
+            raise UserError(f"'{name}' cannot be downloaded to '{folder}': {error}") from error
+        raise UserError(
+            f"no intact {kind.base_folder} in '{folder}', nor train.npz and test.npz; "
+            "data.download=true fetches it"
+        ) from error
+    splits = [
+        Arrays(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(part.targets),
+            f"'{folder / kind.base_folder}'",
+        )
+        for part in (train, test)
+    ]
+    return splits[0], splits[1], tuple(train.classes)

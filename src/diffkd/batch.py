@@ -1,0 +1,38 @@
+"""What travels through a training step."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One batch, whatever the task.
+
+    Attributes:
+        images: `(B, C, H, W)`, uint8 (0 to 255) or floating point (0 to 1); a list of `(C, H, W)`
+            where pictures differ in size.
+        targets: what the task's loss and metric compare with: `(B,)` class indices, `(B, K)` class
+            probabilities, `(B, H, W)` label maps (void pixels included), a list of dicts of
+            tensors (boxes, labels, masks); None when the images carry no labels.
+        indices: `(B,)` int64 positions of the samples in their data set, for methods with a
+            memory; None where unknown.
+
+    >>> import torch
+    >>> Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])).images.shape[0]
+    2
+    """
+
+    images: Tensor | list[Tensor]
+    targets: Any = None
+    indices: Tensor | None = None
+
+
+def as_batch(value: Any) -> Batch:
+    """A Batch from a Batch, from images alone, or from a usual loader's `(images, targets)`."""
+    if isinstance(value, Batch):
+        return value
+    if isinstance(value, Tensor):
+        return Batch(value)
+    if isinstance(value, list) and all(isinstance(v, Tensor) and v.dim() == 3 for v in value):
+        return Batch(value)
+    return Batch(*value)

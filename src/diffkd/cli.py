@@ -1,0 +1,111 @@
+"""The command line: parse, call, print. Heavy imports wait until a command needs them."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from diffkd import __version__
+from diffkd.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Knowledge distillation for vision: make a small, fast model of a large, accurate one.",
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, nested by dots: trainer.epochs=5 seed=1"),
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Knowledge distillation for vision: make a small, fast model of a large, accurate one."""
+    if version:
+        print(f"diffkd {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def distill(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Distil the recipe's teacher into its student."""
+    from diffkd.recipe import load
+    from diffkd.report.summary import finish
+    from diffkd.trainer import fit
+
+    wanted = load(recipe, overrides or [])
+    if wanted.method and wanted.teacher is None:
+        raise UserError(f"recipe '{recipe}' has no teacher; set teacher=..., or use: diffkd train {recipe}")
+    finish(fit(wanted))
+
+
+@app.command()
+def train(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train the recipe's student alone, without a teacher."""
+    from diffkd.recipe import load
+    from diffkd.report.summary import finish
+    from diffkd.trainer import fit
+
+    finish(fit(load(recipe, [*(overrides or []), "method=none", "teacher=null"])))
+
+
+@app.command()
+def evaluate(run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Evaluate a run's student on its test data again."""
+    from diffkd.report.evaluation import evaluate_run
+
+    for line in evaluate_run(run):
+        print(line)
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Build everything and run one batch: what is tapped, what it costs, what learns."""
+    from diffkd.recipe import load
+    from diffkd.report.check import check_recipe
+
+    check_recipe(load(recipe, overrides or []))
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="[recipes|methods|models|data]")] = "",
+    like: Annotated[str, typer.Argument(metavar="[TEXT]", help="Only names that contain it.")] = "",
+) -> None:
+    """List what there is: recipes, methods, models, data."""
+    from diffkd.report.listing import listing
+
+    for line in listing(what, like):
+        print(line)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one line and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        _stop(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _stop("stopped", 130)
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        _stop(f"error: {error.filename or 'output'}: {error.strerror}", 2)
+    except Exception as error:
+        if type(error).__name__ != "InterruptedRunError":
+            raise
+        _stop(str(error), 128 + error.signal)  # type: ignore[attr-defined]
+
+
+def _stop(line: str, status: int) -> None:
+    print(line, file=sys.stderr)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

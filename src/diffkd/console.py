@@ -1,0 +1,117 @@
+"""What a run says to the terminal: notes, warnings, and one progress bar."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class Reporter:
+    """Says things to the person at the terminal and to the run's log.
+
+    The progress bar shows only where standard error is a terminal. Notes and warnings are said always,
+    except by processes other than the first.
+
+    Args:
+        active: False silences it (processes other than the first).
+        progress: False hides the bar.
+    """
+
+    def __init__(self, *, active: bool = True, progress: bool = True) -> None:
+        self.active = active
+        self.quiet = False
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.log: Callable[[str], None] | None = None
+        self._bar = active and progress and sys.stderr.isatty()
+
+    def note(self, line: str) -> None:
+        """Says a line, and writes it to the log."""
+        if self.quiet:
+            self.record(line)
+        else:
+            self._say(line, None)
+
+    def warn(self, line: str) -> None:
+        """Says that something looks wrong."""
+        self._say(f"warning: {line}", "yellow")
+
+    def _say(self, line: str, style: str | None) -> None:
+        if not self.active:
+            return
+        self.console.print(line, style=style, markup=False)
+        if self.log is not None:
+            self.log(line)
+
+    def record(self, line: str) -> None:
+        """Writes a line to the log; the terminal sees it only where a bar does not stand for it."""
+        if self.active and self.log is not None:
+            self.log(line)
+
+    def silent(self) -> "Reporter":
+        """Another reporter with the same bar, whose notes go to its log alone."""
+        other = Reporter(active=self.active)
+        other._bar, other.quiet = self._bar, True
+        return other
+
+    def bar(self, total: int, done: int = 0, what: str = "") -> "ProgressBar":
+        """A progress bar of `total` steps, `done` of them already."""
+        return ProgressBar(self.console if self._bar else None, total, done, what)
+
+
+class ProgressBar:
+    """Steps done, losses, images per second and the time left; nothing where there is no terminal."""
+
+    def __init__(self, console: Console | None, total: int, done: int, what: str) -> None:
+        self._progress: Progress | None = None
+        self._done, self._total = done, total
+        self._images, self._since = 0, time.perf_counter()
+        if console is not None:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                transient=True,
+            )
+            self._task = self._progress.add_task(what, total=total, completed=done, figures="")
+
+    def __enter__(self) -> "ProgressBar":
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def step(self, images: int) -> None:
+        """One step done on so many images."""
+        self._done += 1
+        self._images += images
+
+    def show(self, what: str, losses: Mapping[str, float]) -> None:
+        """Brings the terminal up to date."""
+        if self._progress is None:
+            return
+        now = time.perf_counter()
+        rate = self._images / max(now - self._since, 1e-9)
+        self._images, self._since = 0, now
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        self._progress.update(
+            self._task, completed=self._done, description=what, figures=f"{figures}  {rate:,.0f} img/s"
+        )

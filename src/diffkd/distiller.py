@@ -1,0 +1,300 @@
+"""Student, frozen teacher, taps and methods in one module, for any training loop."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.batch import Batch, as_batch
+from diffkd.errors import UserError
+from diffkd.methods.base import Feature, Method, Pair, Setup, method_class
+from diffkd.taps import Taps, dry_run, find_stages
+
+MethodChoice = float | Mapping[str, Any] | Callable[[Setup], Method]
+Run = Callable[[nn.Module, Batch], Any]
+
+
+class Losses(dict[str, Tensor]):
+    """Named, weighted losses of one batch, each a scalar with its graph.
+
+    Attributes:
+        output: the student's output for the batch, to compute the supervised loss from.
+    """
+
+    def __init__(self, output: Any = None) -> None:
+        super().__init__()
+        self.output = output
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of all losses."""
+        return torch.stack([loss.float() for loss in self.values()]).sum()
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """The usual forward pass: the model called with the batch's images."""
+    return model(batch.images)
+
+
+class Distiller(nn.Module):
+    """Everything that distillation adds to a training step.
+
+    `parameters()` and `state_dict()` hold the student and what the methods train; the teacher is
+    frozen, in eval mode, absent from both, and follows `.to(device)`.
+
+    Args:
+        student: the model to train; its `state_dict` keys stay those of the plain model.
+        teacher: the model to learn from; None trains the student alone.
+        taps: student layer path to teacher layer path; "" is the model's output. None takes what
+            the methods want: the last feature map and the output, or one map per resolution.
+        methods: names with a weight, with options (`{"diffkd": {"weight": 1.0, "num_steps": 3}}`),
+            or with a function of the `Setup` that builds the method; a name alone has weight 1.
+        sample: a batch (images alone will do) for the dry run that probes channels and layouts.
+        run: how a model is called with a batch.
+        logits: taps of the model's output that hold class scores.
+        student_input, teacher_input: modules that turn the batch's images into what each model
+            wants (size, normalisation); None passes them on.
+        num_classes, dataset_size: for methods that need them.
+
+    Raises:
+        UserError: a layer, method or option does not exist, or a method cannot serve these models.
+
+    >>> def net(c):
+    ...     return nn.Sequential(nn.Conv2d(3, c, 3), nn.Flatten(), nn.Linear(36 * c, 5))
+    >>> student, teacher = net(4), net(8)
+    >>> distiller = Distiller(student, teacher, {"0": "0", "": ""}, "diffkd", torch.rand(2, 3, 8, 8))
+    >>> losses = distiller(torch.rand(2, 3, 8, 8))
+    >>> sorted(losses)
+    ['diffkd.0.diffusion', 'diffkd.0.kd', 'diffkd.output.diffusion', 'diffkd.output.kd']
+    >>> losses.output.shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        taps: Mapping[str, str] | None = None,
+        methods: str | Mapping[str, MethodChoice] = "diffkd",
+        sample: Any = None,
+        *,
+        run: Run = call_model,
+        logits: Sequence[str] = ("",),
+        student_input: nn.Module | None = None,
+        teacher_input: nn.Module | None = None,
+        num_classes: int | None = None,
+        dataset_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.student_input = student_input or nn.Identity()
+        # A tuple hides the teacher from parameters(), state_dict(), train() and DDP.
+        self._frozen = _freeze(teacher, teacher_input or nn.Identity()) if teacher is not None else ()
+        self._run = run
+        builders = _builders({methods: 1.0} if isinstance(methods, str) else methods)
+        if teacher is None and builders:
+            raise UserError(f"method '{next(iter(builders))}' needs a teacher")
+        self.weights = {name: weight for name, (_, weight) in builders.items()}
+        self.pairs = self._tap(taps, [b for b, _ in builders.values()], as_batch(sample), logits)
+        self.methods = nn.ModuleDict()
+        for name, (build, _) in builders.items():
+            assert teacher is not None
+            wanted = _wanted(self.pairs, build if taps is None else None, self._stages)
+            setup = Setup(wanted, student, teacher, num_classes, dataset_size)
+            self.methods[name] = build(setup).to(_device(student))
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen teacher."""
+        return self._frozen[0] if self._frozen else None
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """Scalars worth watching that are not losses, of the last forward pass."""
+        return {
+            f"{name}.{key}": value
+            for name, method in self.methods.items()
+            for key, value in method.figures.items()  # type: ignore[union-attr]
+        }
+
+    def forward(self, batch: Any) -> Losses:
+        """Named losses of a batch, and the student's output.
+
+        Args:
+            batch: a Batch, images alone `(B, C, H, W)`, or a loader's `(images, targets)`.
+        """
+        batch = as_batch(batch)
+        teacher_features: dict[str, Tensor] = {}
+        if self.pairs:
+            with torch.no_grad():
+                self._run_teacher(batch)
+            teacher_features = self._read(self._teacher_taps, "teacher")
+        losses = Losses(self.run_student(batch))
+        student_features = self._read(self._student_taps, "student") if self.pairs else {}
+        for name, method in self.methods.items():
+            for key, value in method(student_features, teacher_features, batch).items():
+                losses[f"{name}.{key}"] = value * self.weights[name]
+        return losses
+
+    def run_student(self, batch: Batch) -> Any:
+        """The student's output for a batch, its images prepared."""
+        return self._run(self.student, batch._replace(images=self.student_input(batch.images)))
+
+    def _run_teacher(self, batch: Batch) -> Any:
+        teacher, prepare = self._frozen
+        return self._run(teacher, batch._replace(images=prepare(batch.images)))
+
+    def _read(self, taps: Taps, side: str) -> dict[str, Tensor]:
+        """Features by pair name."""
+        features = taps.read()
+        return {pair.name: features[getattr(pair, side).layer] for pair in self.pairs}
+
+    def _tap(
+        self,
+        taps: Mapping[str, str] | None,
+        builders: list[Any],
+        sample: Batch,
+        logits: Sequence[str],
+    ) -> tuple[Pair, ...]:
+        """Registers the hooks, probes the features and pairs them."""
+        self._stages: dict[str, str] = {}
+        if self.teacher is None:
+            return ()
+        taps = dict(taps) if taps is not None else self._default_taps(builders, sample, logits)
+        if not taps:
+            return ()
+        self._student_taps = Taps(self.student, list(taps))
+        self._teacher_taps = Taps(self.teacher, list(dict.fromkeys(taps.values())))
+        students = self._probe(self._student_taps, self.student, self.student_input, sample, "student")
+        teachers = self._probe(self._teacher_taps, self.teacher, self._frozen[1], sample, "teacher")
+        for layer in self._student_taps.without_gradient:
+            warnings.warn(
+                f"tap '{layer}' of the student gets no gradient: nothing is learned there", stacklevel=4
+            )
+        return _pair_up(taps, students, teachers, logits)
+
+    def _probe(
+        self, taps: Taps, model: nn.Module, prepare: nn.Module, sample: Batch, side: str
+    ) -> dict[str, tuple[int, ...]]:
+        size = _image_size(prepare(sample.images))
+        with dry_run(model), torch.set_grad_enabled(side == "student"):
+            return taps.probe(lambda: self._run(model, sample._replace(images=prepare(sample.images))), size)
+
+    def _default_taps(self, builders: list[Any], sample: Batch, logits: Sequence[str]) -> dict[str, str]:
+        """What the methods want, of what the two models have."""
+        assert self.teacher is not None
+        wants = {getattr(build, "stages", "last") for build in builders}
+        taps: dict[str, str] = {}
+        if wants & {"last", "all"}:
+            student, teacher = (
+                find_stages(
+                    model,
+                    lambda m=model, p=prepare: self._run(m, sample._replace(images=p(sample.images))),  # type: ignore[misc]
+                    _image_size(prepare(sample.images)),
+                )
+                for model, prepare in ((self.student, self.student_input), self._frozen)
+            )
+            depth = min(len(student), len(teacher), 1 if "all" not in wants else len(student))
+            # Stages are matched from the last one back: models differ in their first ones.
+            taps = dict(zip(student[len(student) - depth :], teacher[len(teacher) - depth :], strict=True))
+            self._stages = dict.fromkeys(taps, "all")
+            if taps:
+                self._stages[list(taps)[-1]] = "last"
+        if any(getattr(build, "uses_logits", True) for build in builders):
+            taps |= {tap: tap for tap in logits}
+        return taps
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
+        for module in self._frozen:
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _freeze(teacher: nn.Module, prepare: nn.Module) -> tuple[nn.Module, ...]:
+    return teacher.eval().requires_grad_(False), prepare.eval()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _image_size(images: Any) -> tuple[int, ...] | None:
+    if isinstance(images, list):
+        return tuple(images[0].shape[1:])
+    return tuple(images.shape[2:]) if isinstance(images, Tensor) else None
+
+
+def _builders(methods: Mapping[str, MethodChoice]) -> dict[str, tuple[Any, float]]:
+    """Per method, keyed by a name fit for a module: what builds it of a Setup, and its weight."""
+    found: dict[str, tuple[Any, float]] = {}
+    for name, choice in methods.items():
+        key = name.rpartition(":")[2].replace(".", "_")
+        weight: float = 1.0
+        if isinstance(choice, Mapping):
+            options = dict(choice)
+            weight = float(options.pop("weight", 1.0))
+            build: Any = _Configured(method_class(name), options)
+        elif isinstance(choice, int | float):
+            weight, build = float(choice), _Configured(method_class(name), {})
+        else:
+            build = choice
+        found[key] = (build, weight)
+    return found
+
+
+class _Configured:
+    """A method's class with its options, waiting for the Setup."""
+
+    def __init__(self, kind: type[Method], options: dict[str, Any]) -> None:
+        self.kind, self.options = kind, options
+        self.stages, self.uses_logits = kind.stages, kind.uses_logits
+
+    def __call__(self, setup: Setup) -> Method:
+        return self.kind(setup, **self.options)  # type: ignore[call-arg]
+
+
+def _pair_up(
+    taps: Mapping[str, str],
+    students: Mapping[str, tuple[int, ...]],
+    teachers: Mapping[str, tuple[int, ...]],
+    logits: Sequence[str],
+) -> tuple[Pair, ...]:
+    """Pairs of the tapped features; a tap that gives several maps gives as many pairs."""
+    pairs = []
+    for student_tap, teacher_tap in taps.items():
+        ours, theirs = _entries(student_tap, students), _entries(teacher_tap, teachers)
+        if len(ours) != len(theirs):
+            raise UserError(
+                f"tap '{student_tap}' gives {len(ours)} feature(s), "
+                f"the teacher's '{teacher_tap}' {len(theirs)}; "
+                f"name single ones, such as '{(ours if len(ours) > 1 else theirs)[0]}'"
+            )
+        for a, b in zip(ours, theirs, strict=True):
+            is_logits = student_tap in logits and teacher_tap in logits
+            pair = Pair(a or "output", Feature(a, students[a]), Feature(b, teachers[b]), is_logits)
+            if is_logits and pair.student.channels != pair.teacher.channels:
+                raise UserError(
+                    f"the student has {pair.student.channels} classes, the teacher {pair.teacher.channels}; "
+                    "distil features only, or bring a teacher made for these classes"
+                )
+            pairs.append(pair)
+    return tuple(pairs)
+
+
+def _entries(tap: str, features: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The features that a tap gave: one of its own name, or one per entry of a list or dict."""
+    return [tap] if tap in features else [name for name in features if name.startswith(f"{tap}[")]
+
+
+def _wanted(pairs: tuple[Pair, ...], build: Any | None, stages: Mapping[str, str]) -> tuple[Pair, ...]:
+    """Of the default taps' pairs, those that a method asks for; of the user's own taps, all."""
+    if build is None:
+        return pairs
+    wants, uses_logits = getattr(build, "stages", "last"), getattr(build, "uses_logits", True)
+    return tuple(
+        pair
+        for pair in pairs
+        if (uses_logits if pair.is_logits else wants == "all" or stages.get(pair.student.layer) == wants)
+    )

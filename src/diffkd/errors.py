@@ -1,0 +1,29 @@
+"""The one exception for a user's mistake, and the words that help to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one clear line that names the culprit and the way out.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def nearest(word: str, choices: Iterable[str], limit: int = 3) -> str:
+    """The names most like `word`, as the end of an error message.
+
+    >>> nearest("diffdk", ["kd", "diffkd", "dist"])
+    "; did you mean 'diffkd'?"
+    >>> nearest("x", ["kd", "dist"])
+    '; known: dist, kd'
+    """
+    names = sorted(set(choices))
+    close = difflib.get_close_matches(word, names, n=limit, cutoff=0.6)
+    if close:
+        return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
+    if not names:
+        return ""
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"; known: {shown}"

@@ -1,0 +1,106 @@
+"""What a model costs: parameters, multiply-adds, time per image, bytes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs to run.
+
+    Attributes:
+        parameters: number of weights.
+        macs: multiply-adds of one image.
+        milliseconds: median time of one image alone, on the device and in the precision of its weights.
+        bytes: size of its weights and buffers on disk.
+    """
+
+    parameters: int
+    macs: int
+    milliseconds: float
+    bytes: int
+
+    def as_dict(self) -> dict[str, float]:
+        """As plain values."""
+        return asdict(self)
+
+
+def cost(model: nn.Module, forward: Callable[[], object]) -> Cost:
+    """The cost of a model whose `forward` runs one image through it.
+
+    >>> layer = nn.Linear(10, 5)
+    >>> found = cost(layer, lambda: layer(torch.zeros(1, 10)))
+    >>> found.parameters, found.macs, found.bytes
+    (55, 50, 220)
+    """
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        found = Cost(parameters(model), macs(forward), milliseconds(forward, _device(model)), size(model))
+    model.train(training)
+    return found
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of weights, shared ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of the state that is saved."""
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, Tensor))
+
+
+def macs(forward: Callable[[], object]) -> int:
+    """Multiply-adds of the matrix products and convolutions that `forward` runs."""
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return int(counter.get_total_flops()) // 2
+
+
+def milliseconds(forward: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
+    """Median time of a call, over at least 5 calls and about `budget` seconds, after warming up."""
+    times: list[float] = []
+    for _ in range(3):
+        forward()
+    started = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 200):
+        synchronize(device)
+        before = time.perf_counter()
+        forward()
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - before))
+    return median(times)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the work under way on an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class SavedBytes(saved_tensors_hooks):
+    """Counts the bytes of the activations that a forward pass keeps for the backward pass."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: set[int] = set()
+        super().__init__(self._count, lambda tensor: tensor)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

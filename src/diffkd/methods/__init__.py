@@ -1,0 +1,1 @@
+"""Distillation methods: one paper, one file, one module."""

@@ -1,0 +1,120 @@
+"""What a distillation method is: tensors in, named losses out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from diffkd.batch import Batch
+from diffkd.names import load_class
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a tap hands out, as the dry run found it.
+
+    Attributes:
+        layer: path of the layer in its model; "" is the model's output.
+        shape: `(C, *S)`: channels first, no batch axis, `S` empty for vectors.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """Size of the channel axis."""
+        return self.shape[0]
+
+    @property
+    def spatial_dims(self) -> int:
+        """Number of spatial axes: 0 for vectors, 2 for maps."""
+        return len(self.shape) - 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student's feature and the teacher's that it is matched with.
+
+    Attributes:
+        name: key of the pair's tensors in `Method.forward`, and the middle of its losses' names.
+        is_logits: both sides are class scores, class axis first.
+    """
+
+    name: str
+    student: Feature
+    teacher: Feature
+    is_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a method may know when it is built. Channels come from a dry run, nobody types them.
+
+    Attributes:
+        pairs: the tap pairs of the run, in the order of the forward pass.
+        student, teacher: the models, for methods that reuse a part of one. A method that keeps a
+            reference to the teacher holds it in a tuple, so that it is not among its parameters.
+        num_classes: None where the task has none.
+        dataset_size: number of training samples, for methods with a memory; None where unknown.
+    """
+
+    pairs: tuple[Pair, ...]
+    student: nn.Module = field(repr=False)
+    teacher: nn.Module = field(repr=False)
+    num_classes: int | None = None
+    dataset_size: int | None = None
+
+    @property
+    def features(self) -> tuple[Pair, ...]:
+        """The pairs that are not logits."""
+        return tuple(pair for pair in self.pairs if not pair.is_logits)
+
+    @property
+    def logits(self) -> tuple[Pair, ...]:
+        """The pairs that are class scores."""
+        return tuple(pair for pair in self.pairs if pair.is_logits)
+
+
+class Method(nn.Module, ABC):
+    """Base of every distillation method.
+
+    A subclass takes the `Setup` and its own keyword options, builds what it trains, and returns
+    its named losses. The weight of the whole method is applied outside of it.
+
+    Attributes:
+        stages: which feature pairs are tapped for it where the user names none: the last map, one
+            map of each resolution, or none.
+        uses_logits: whether it wants the models' class scores.
+        figures: scalars worth watching that are not losses (detached), refreshed by `forward`.
+    """
+
+    stages: ClassVar[Literal["none", "last", "all"]] = "last"
+    uses_logits: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Named losses, each a scalar.
+
+        Args:
+            student: the student's features `(B, C, *S)` by pair name.
+            teacher: the teacher's, detached.
+            batch: the batch that made them.
+        """
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by its name (`diffkd`, `kd`) or place (`my_losses:MyLoss`).
+
+    Raises:
+        UserError: there is none of that name; the nearest names are given.
+    """
+    return load_class("diffkd.methods", name, Method)  # type: ignore[type-abstract]

@@ -1,0 +1,128 @@
+"""From a name in a recipe to the Python object it stands for, without a registry."""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from diffkd.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` points outside the library: `package.module:Name` or `folder/file.py:Name`."""
+    return ":" in name
+
+
+def load_object(name: str) -> Any:
+    """The object that `package.module:Name` or `folder/file.py:Name` names.
+
+    Modules are looked up as Python does, and in the current folder too.
+
+    Raises:
+        UserError: the module cannot be imported or has no such name.
+
+    >>> load_object("collections:OrderedDict").__name__
+    'OrderedDict'
+    """
+    where, _, attribute = name.rpartition(":")
+    module = _load_file(Path(where)) if _looks_like_file(where) else _load_module(where, name)
+    if not hasattr(module, attribute):
+        known = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"'{name}': {where} has no '{attribute}'{nearest(attribute, known)}")
+    return getattr(module, attribute)
+
+
+def _looks_like_file(where: str) -> bool:
+    return where.endswith(".py") or "/" in where or os.sep in where
+
+
+def _load_file(path: Path) -> ModuleType:
+    path = path if path.suffix == ".py" else path.with_suffix(".py")
+    if not path.is_file():
+        raise UserError(f"no file '{path}'")
+    key = f"_diffkd_user_{path.resolve()}"
+    if key in sys.modules:
+        return sys.modules[key]
+    spec = importlib.util.spec_from_file_location(key, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"'{path}' is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    if str(path.parent.resolve()) not in sys.path:  # its neighbours, as for a script
+        sys.path.append(str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[key]
+        raise UserError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _load_module(where: str, name: str) -> ModuleType:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(where)
+    except Exception as error:
+        raise UserError(f"'{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def submodules(package: str) -> list[str]:
+    """Names of the files of a package that add something to it (`base` and private ones aside).
+
+    >>> "diffkd" in submodules("diffkd.methods")
+    True
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem != "base" and p.stem[0] != "_")
+
+
+def load_submodule(package: str, name: str, what: str) -> ModuleType:
+    """The module `package.name`, where `what` says in an error what was looked for.
+
+    Raises:
+        UserError: there is no such file in the package; the nearest names are given.
+    """
+    known = submodules(package)
+    if name not in known:
+        raise UserError(f"unknown {what} '{name}'{nearest(name, known)}")
+    return importlib.import_module(f"{package}.{name}")
+
+
+def load_class(package: str, name: str, base: type[T]) -> type[T]:
+    """The subclass of `base` that a file of `package` defines, or that `path:Name` names.
+
+    Raises:
+        UserError: there is none, or what is there is not a subclass of `base`.
+    """
+    what = base.__name__.lower()
+    if is_path(name):
+        found = load_object(name)
+        if not (inspect.isclass(found) and issubclass(found, base)):
+            raise UserError(f"{what} '{name}' is not a subclass of diffkd.{base.__name__}")
+        return found
+    module = load_submodule(package, name, what)
+    return next(
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__
+    )
+
+
+def options_of(build: Any) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a method, data set or task: what a recipe may set.
+
+    >>> list(options_of(lambda setup, *, num_steps=5: None))
+    ['num_steps']
+    """
+    signature = inspect.signature(build, eval_str=True)
+    return {n: p for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}

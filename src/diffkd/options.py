@@ -1,0 +1,114 @@
+"""What the data sets' builders share: a dataclass of options spread into keywords, and a checked root."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffkd.errors import UserError
+
+T = TypeVar("T")
+
+
+def spread(options: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Replaces a function's keyword `options` by the fields of that dataclass.
+
+    The function's signature then shows every field as a keyword-only parameter of its own, and its
+    docstring ends with where they are described; the function itself gets them as one object.
+
+    Args:
+        options: a dataclass whose fields all have defaults.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Look:
+    ...     size: int = 8
+    >>> @spread(Look)
+    ... def build(root, *, fast: bool = False, options: Look):
+    ...     return root, fast, options
+    >>> build("a", size=3)
+    ('a', False, Look(size=3))
+    """
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        signature = inspect.signature(function, eval_str=True)
+        own = [p for name, p in signature.parameters.items() if name != "options"]
+        spread_out = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(options)
+        ]
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **given: Any) -> T:
+            chosen = {p.name: given.pop(p.name) for p in spread_out if p.name in given}
+            return function(*args, **given, options=options(**chosen))
+
+        wrapper.__signature__ = signature.replace(parameters=own + spread_out)  # type: ignore[attr-defined]
+        wrapper.__doc__ = (
+            f"{function.__doc__}\n    Further options: `{options.__module__}.{options.__qualname__}`."
+        )
+        return wrapper
+
+    return decorate
+
+
+def data_folder(root: str | None, name: str) -> Path:
+    """The folder that `data.root` names, for the data set `name`.
+
+    Raises:
+        UserError: no root is given, or it is not a folder.
+
+    >>> data_folder(".", "folder").is_dir()
+    True
+    """
+    if root is None:
+        raise UserError(f"data '{name}' needs to know where it is: data.root=FOLDER")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        found = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"data.root='{root}' {found}")
+    return folder
+
+
+def class_count(given: int | None, classes: Sequence[str], where: str) -> int:
+    """The number of classes: as many as were found, or as many as the user says where none were.
+
+    Raises:
+        UserError: neither is known, or they differ.
+
+    >>> class_count(None, ("cat", "dog"), "photos")
+    2
+    """
+    if given is None and not classes:
+        raise UserError("without labels, say how many classes the teacher tells apart: data.num_classes=K")
+    if given is not None and classes and given != len(classes):
+        raise UserError(f"data.num_classes={given}, but '{where}' has {len(classes)} classes")
+    return given or len(classes)
+
+
+def same_classes(train: Sequence[str], test: Sequence[str], where: str) -> None:
+    """Checks that a test split has the classes of the training split, by their names.
+
+    Raises:
+        UserError: they differ; the first few are named, and `where` the test split is.
+
+    >>> same_classes(("cat",), ("cat", "dog"), "photos/test")
+    Traceback (most recent call last):
+    diffkd.errors.UserError: the classes of 'photos/test' differ from those to train on: it has also 'dog'
+    """
+    missing, unknown = sorted(set(train) - set(test)), sorted(set(test) - set(train))
+    parts = [f"{verb} {quoted(names)}" for verb, names in (("lacks", missing), ("has also", unknown)) if names]
+    if parts:
+        raise UserError(f"the classes of '{where}' differ from those to train on: it {' and '.join(parts)}")
+
+
+def quoted(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names.
+
+    >>> quoted("abcd")
+    "'a', 'b', 'c' and 1 more"
+    """
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,221 @@
+"""Pictures held in memory: gathered, augmented and mixed a batch at a time on their device."""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffkd.batch import Batch
+from diffkd.errors import UserError
+
+
+class ArraySplit:
+    """Samples kept whole in memory; batches of them are cropped, flipped and cut out on the device.
+
+    Nothing in `batch` waits for the device. The images are stored with their padding, so that
+    gathering, cropping and flipping are one read.
+
+    Args:
+        images: `(N, C, H, W)`, uint8 (0 to 255) or floating point (0 to 1).
+        targets: `(N,)` class indices; None where there are no labels.
+        crop_padding: pixels of black added on every side before a random crop of the old size.
+        flip: mirrors left and right, every second picture on average.
+        cutout: side in pixels of a square set to `fill` around a random centre (arXiv 1708.04552).
+        fill: colour of the cut-out square per channel, on the scale 0 to 1; black if not given.
+
+    >>> split = ArraySplit(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.arange(5), crop_padding=1)
+    >>> batch = split.batch(torch.tensor([4, 2]), torch.Generator())
+    >>> tuple(batch.images.shape), batch.targets.tolist()
+    ((2, 1, 8, 8), [4, 2])
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor | None,
+        *,
+        crop_padding: int = 0,
+        flip: bool = False,
+        cutout: int = 0,
+        fill: Sequence[float] = (),
+    ) -> None:
+        self.size = images.shape[-2:]
+        self.images = F.pad(images, (crop_padding,) * 4) if crop_padding else images
+        self.targets = targets
+        self.crop_padding, self.flip, self.cutout = crop_padding, flip, cutout
+        scale = 1 if images.is_floating_point() else 255
+        colour = torch.tensor(fill or (0.0,) * images.shape[1]) * scale
+        self.fill = (colour if images.is_floating_point() else colour.round()).to(images.dtype).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "ArraySplit":
+        """The same samples on a device."""
+        moved = copy.copy(self)
+        moved.images, moved.fill = self.images.to(device), self.fill.to(device)
+        moved.targets = None if self.targets is None else self.targets.to(device)
+        return moved
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        """The samples at `indices` `(B,)`, augmented with the generator's random numbers."""
+        indices = indices.to(self.images.device, non_blocking=True)
+        images = self._gather(indices, generator) if self.crop_padding or self.flip else self.images[indices]
+        if self.cutout:
+            images = cut_out(images, self.cutout, self.fill, generator)
+        targets = None if self.targets is None else self.targets[indices]
+        return Batch(images, targets, indices)
+
+    def _gather(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Randomly cropped and flipped pictures `(B, C, H, W)`, read from the padded ones at once."""
+        (height, width), device, count = self.size, self.images.device, len(indices)
+        high = 2 * self.crop_padding + 1
+        top, left = torch.randint(high, (2, count, 1), generator=generator, device=device)
+        rows = top + torch.arange(height, device=device)
+        columns = torch.arange(width, device=device).expand(count, width)
+        if self.flip:
+            mirrored = torch.rand(count, 1, generator=generator, device=device) < 0.5
+            columns = torch.where(mirrored, width - 1 - columns, columns)
+        columns = columns + left
+        channels = torch.arange(self.images.shape[1], device=device).view(-1, 1, 1)
+        rows, columns = rows[:, None, :, None], columns[:, None, None, :]
+        return self.images[indices.view(-1, 1, 1, 1), channels, rows, columns]
+
+
+def cut_out(images: Tensor, side: int, fill: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures `(B, C, H, W)` with a square of `side` pixels each set to `fill`, broadcast to them.
+
+    The square's centre is anywhere in the picture, so that it may reach over the border.
+    """
+    rows = _near_random_centre(images, 2, side, generator)
+    columns = _near_random_centre(images, 3, side, generator)
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], fill, images)
+
+
+def _near_random_centre(images: Tensor, axis: int, side: int, generator: torch.Generator) -> Tensor:
+    """`(B, length of the axis)`: which places lie within `side` places around a random one."""
+    length, device = images.shape[axis], images.device
+    centre = torch.randint(length, (len(images), 1), generator=generator, device=device)
+    places = torch.arange(length, device=device) - centre + side // 2
+    return (places >= 0) & (places < side)
+
+
+def channel_statistics(images: Tensor, chunk: int = 1024) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of `(N, C, H, W)` pictures, on the scale 0 to 1.
+
+    A channel without any contrast gets the standard deviation 1.
+
+    >>> channel_statistics(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
+    ((0.5,), (0.5,))
+    """
+    total, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    for start in range(0, len(images), chunk):
+        part = images[start : start + chunk]
+        values = part.double() if part.is_floating_point() else part.double() / 255
+        total += values.sum((0, 2, 3))
+        squares += values.square().sum((0, 2, 3))
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    variance = (squares / count - mean**2).clamp_min(0)
+    std = torch.where(variance > 1e-12, variance.sqrt(), torch.ones_like(variance))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def hold_out(count: int, fraction: float, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Places to train on and places to test on, the same at every call; both in rising order.
+
+    Args:
+        count: how many samples there are.
+        fraction: share held out for the test, of every class where there are labels; every class
+            of two or more samples gives at least one and keeps at least one.
+        labels: `(count,)` class of each sample; None splits regardless of class.
+
+    Raises:
+        UserError: `fraction` is not between 0 and 1, or nothing would be left to train or test on.
+
+    >>> train, test = hold_out(10, 0.2, np.array([0] * 5 + [1] * 5))
+    >>> len(train), (test // 5).tolist()
+    (8, [0, 1])
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"data.val_fraction={fraction} must lie between 0 and 1")
+    random = np.random.default_rng(0)
+    groups = np.zeros(count, np.int64) if labels is None else np.asarray(labels)
+    held = np.zeros(count, bool)
+    for group in np.unique(groups):
+        members = random.permutation(np.flatnonzero(groups == group))
+        share = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held[members[:share]] = True
+    if not held.any():
+        raise UserError(f"{count} samples are too few to hold some out; give a test split")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def mix_batch(
+    batch: Batch, num_classes: int, mixup_alpha: float, cutmix_alpha: float, generator: torch.Generator
+) -> Batch:
+    """Each picture mixed with another of the batch, by mixup (arXiv 1710.09412) or cutmix (1905.04899).
+
+    One of the two is drawn per batch where both are on; sample `i` meets sample `B - 1 - i`.
+    Nothing waits for the device.
+
+    Args:
+        batch: images `(B, C, H, W)`, targets `(B,)`, `(B, K)` or None.
+        num_classes: K.
+        mixup_alpha, cutmix_alpha: parameter of the symmetric Beta distribution that the share is
+            drawn from; 0 turns that kind off.
+        generator: on the CPU; the only source of randomness.
+
+    Returns:
+        Floating-point images `(B, C, H, W)` in 0 to 1 and targets `(B, K)`, or None as given.
+
+    Raises:
+        UserError: the pictures of the batch differ in size.
+
+    >>> batch = Batch(torch.zeros(2, 3, 4, 4), torch.tensor([0, 2]))
+    >>> mix_batch(batch, 3, 0.8, 0.0, torch.Generator()).targets.sum(1)
+    tensor([1., 1.])
+    """
+    images = batch.images
+    if isinstance(images, list):
+        raise UserError("mixup and cutmix need pictures of one size")
+    images = images if images.is_floating_point() else images.float() / 255
+    targets = None if batch.targets is None else _as_probabilities(batch.targets, num_classes)
+    seed = torch.randint(2**62, (1,), generator=generator).item()
+    random = np.random.default_rng(int(seed))
+    kinds = [kind for kind in ((mixup_alpha, _mixup), (cutmix_alpha, _cutmix)) if kind[0] > 0]
+    if not kinds:
+        return batch._replace(images=images, targets=targets)
+    alpha, mix = kinds[random.integers(len(kinds))]
+    images, share = mix(images, float(random.beta(alpha, alpha)), random)
+    if targets is not None:
+        targets = targets * share + targets.flip(0) * (1 - share)
+    return batch._replace(images=images, targets=targets)
+
+
+def _as_probabilities(targets: Tensor, num_classes: int) -> Tensor:
+    if targets.is_floating_point():
+        return targets
+    # not F.one_hot, which reads the targets back where it checks their range
+    blank = torch.zeros(len(targets), num_classes, device=targets.device)
+    return blank.scatter_(1, targets[:, None], 1.0)
+
+
+def _mixup(images: Tensor, share: float, random: np.random.Generator) -> tuple[Tensor, float]:
+    return images * share + images.flip(0) * (1 - share), share
+
+
+def _cutmix(images: Tensor, share: float, random: np.random.Generator) -> tuple[Tensor, float]:
+    """Pictures with a rectangle of about `1 - share` of the area from others, and the true share."""
+    size = np.array(images.shape[-2:])
+    half = np.sqrt(1 - share) * size / 2
+    centre = random.random(2) * size
+    (top, left), (bottom, right) = (
+        np.clip(np.rint(centre + way * half), 0, size).astype(int).tolist() for way in (-1, 1)
+    )
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / float(size.prod())

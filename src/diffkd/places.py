@@ -1,0 +1,54 @@
+"""Where runs and trained teachers are kept, and whether they may be."""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+from diffkd.errors import UserError
+from diffkd.recipe import Recipe, difference, load
+from diffkd.run import RunFolder, free_space
+
+CACHE_ROOM = 200 * 2**20  # bytes that must be free before a teacher is trained into the cache
+
+
+def cache_folder() -> Path:
+    """Where trained teachers are kept: `$DIFFKD_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("DIFFKD_CACHE") or platformdirs.user_cache_dir("diffkd"))
+
+
+def check_cache(place: Path) -> None:
+    """Raises UserError where the cache folder is not writable or nearly full."""
+    hint = "set the environment variable DIFFKD_CACHE to another folder"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache folder '{place.parent}': {error.strerror}; {hint}") from error
+    if not os.access(place.parent, os.W_OK):
+        raise UserError(f"cache folder '{place.parent}' is not writable; {hint}")
+    if free_space(place.parent) < CACHE_ROOM:
+        raise UserError(f"no space left in the cache folder '{place.parent}'; make room, or {hint}")
+
+
+def check_folder(folder: RunFolder, recipe: Recipe) -> None:
+    """Raises UserError where the run folder may not be written to, or holds another run."""
+    if not folder.exists():
+        parent = folder.path.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(
+                f"run folder '{folder.path}' cannot be made: '{parent}' is not a writable folder; set output="
+            )
+        return
+    if not recipe.resume:
+        raise UserError(
+            f"run folder '{folder.path}' exists; resume=true goes on with it, output=... starts another"
+        )
+    if not folder.recipe_file.is_file():
+        raise UserError(f"'{folder.path}' is not a run folder (it has no recipe.yaml); set output=")
+    differing = difference(load(str(folder.recipe_file)), recipe)
+    if differing is not None:
+        raise UserError(
+            f"the run in '{folder.path}' was made with another recipe: {differing}; set output= for a new run"
+        )

@@ -1,0 +1,163 @@
+"""One batch through everything, and what it shows: shapes, costs, losses, who learns."""
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from diffkd.assembly import Parts, assemble, check_outputs
+from diffkd.distiller import Distiller
+from diffkd.measure import SavedBytes
+from diffkd.optim import build_optimizer
+from diffkd.randomness import seed_everything
+from diffkd.recipe import Recipe
+from diffkd.report.summary import quantity
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Builds the whole run, runs one training batch forward and backward, prints what happened.
+
+    Raises:
+        UserError: the recipe cannot be run.
+    """
+    seed_everything(recipe.seed)
+    parts = assemble(recipe, with_teacher=bool(recipe.method))
+    sample = parts.sample(2)
+    check_outputs(parts, sample)
+    distiller, warnings = parts.distiller(sample)
+    step = parts.step(distiller)
+    optimizer = build_optimizer(recipe.optimizer, step.parameters())
+    batch = next(iter(parts.loader(parts.data.train, shuffle=True).epoch()))
+    step.train()
+    saved = SavedBytes()
+    with saved:
+        losses = step(batch)
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    console = Console(highlight=False, soft_wrap=True, width=None if Console().is_terminal else 130)
+    for note in _notes(parts, warnings):
+        console.print(note, markup=False)
+    if distiller.pairs:
+        console.print(_taps(distiller))
+    console.print(_modules(parts, distiller, optimizer))
+    console.print(_costs(parts))
+    console.print(_losses(losses, total))
+    console.print(_memory(step, optimizer, saved.total, len(batch.images)), markup=False)
+    _complain(distiller, console)
+
+
+def _notes(parts: Parts, warnings: list[str]) -> list[str]:
+    notes = list(parts.data.notes)
+    for what, side in (("student", parts.student), ("teacher", parts.teacher)):
+        if side is not None:
+            notes += [f"{what}: {note}" for note in side.notes]
+    teacher = parts.recipe.teacher
+    if parts.teacher is not None and teacher is not None and teacher.weights is None:
+        notes.append("teacher: fresh weights here (a check trains nothing)")
+    return notes + [f"warning: {line}" for line in warnings]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numeric = column in (
+            "parameters",
+            "MACs",
+            "ms/image",
+            "value",
+            "trained",
+            "with gradient",
+            "in optimizer",
+        )
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    return table
+
+
+def _taps(distiller: Distiller) -> Table:
+    table = _table(
+        "taps, without the batch axis", "pair", "kind", "student layer", "shape", "teacher layer", "shape"
+    )
+    for pair in distiller.pairs:
+        table.add_row(
+            pair.name,
+            "logits" if pair.is_logits else "feature",
+            pair.student.layer or "output",
+            str(pair.student.shape),
+            pair.teacher.layer or "output",
+            str(pair.teacher.shape),
+        )
+    return table
+
+
+def _modules(parts: Parts, distiller: Distiller, optimizer: torch.optim.Optimizer) -> Table:
+    """Who is trained at all: the question that users of such tools ask most."""
+    table = _table("who learns", "module", "parameters", "trained", "with gradient", "in optimizer")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    rows: list[tuple[str, nn.Module]] = [("student", distiller.student)]
+    for name, method in distiller.methods.items():
+        rows += [(f"method {name}: {key}", part) for key, part in _parts_of(method)]
+    if parts.teacher is not None:
+        rows.append(("teacher (frozen)", parts.teacher.model))
+    for name, module in rows:
+        weights = list(module.parameters())
+        counts = (
+            sum(p.numel() for p in weights),
+            sum(p.numel() for p in weights if p.requires_grad),
+            sum(p.numel() for p in weights if p.grad is not None and bool((p.grad != 0).any())),
+            sum(p.numel() for p in weights if id(p) in held),
+        )
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _parts_of(method: nn.Module, depth: int = 3) -> list[tuple[str, nn.Module]]:
+    """A method's trained parts, down to where they have names that mean something."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in method.named_children():
+        below = _parts_of(child, depth - 1) if depth > 1 else []
+        if isinstance(child, nn.ModuleDict | nn.ModuleList) or (below and depth == 3):
+            found += [(f"{name}.{key}", part) for key, part in below]
+        elif any(True for _ in child.parameters()):
+            found.append((name, child))
+    return found
+
+
+def _costs(parts: Parts) -> Table:
+    table = _table("what a model costs", "", "model", "parameters", "MACs", "ms/image", "size")
+    for what, side in (("teacher", parts.teacher), ("student", parts.student)):
+        if side is not None:
+            cost = parts.cost(side)
+            table.add_row(
+                what,
+                side.name,
+                f"{cost.parameters:,}",
+                quantity(cost.macs),
+                f"{cost.milliseconds:.2f}",
+                quantity(cost.bytes) + "B",
+            )
+    return table
+
+
+def _losses(losses: dict[str, Tensor], total: Tensor) -> Table:
+    table = _table("losses of the first batch, weighted", "loss", "value", "gradient")
+    for name, value in losses.items():
+        table.add_row(name, f"{value.item():.6f}", "yes" if value.requires_grad else "NO")
+    table.add_row("total", f"{total.item():.6f}", "yes")
+    return table
+
+
+def _memory(step: nn.Module, optimizer: torch.optim.Optimizer, saved: int, images: int) -> str:
+    weights = sum(p.numel() * p.element_size() for p in step.parameters())
+    slots = 2 if isinstance(optimizer, torch.optim.AdamW) else int(optimizer.param_groups[0]["momentum"] > 0)
+    return (
+        f"memory of a training step: weights {quantity(weights)}B, gradients {quantity(weights)}B, "
+        f"optimizer {quantity(slots * weights)}B, activations {quantity(saved)}B for {images} images"
+    )
+
+
+def _complain(distiller: Distiller, console: Console) -> None:
+    """Names what ought to learn and does not."""
+    silent = [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
+    if silent:
+        shown = ", ".join(silent[:3]) + (", ..." if len(silent) > 3 else "")
+        console.print(f"warning: no gradient reaches {len(silent)} weights: {shown}", markup=False)

@@ -1,0 +1,54 @@
+"""What there is to choose from, told without loading it."""
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffkd
+from diffkd.errors import UserError, nearest
+from diffkd.names import submodules
+from diffkd.recipe import builtin
+
+KINDS = ("recipes", "methods", "models", "data")
+
+
+def listing(what: str = "", like: str = "") -> Iterator[str]:
+    """Lines of names, each with what it is; `like` keeps the names that contain it.
+
+    Raises:
+        UserError: `what` is none of the kinds.
+    """
+    if what and what not in KINDS:
+        raise UserError(f"cannot list '{what}'{nearest(what, KINDS)}")
+    for kind in [what] if what else KINDS:
+        if not what:
+            yield f"{kind}:"
+        lines = _recipes() if kind == "recipes" else _models(what) if kind == "models" else _files(kind)
+        yield from (f"  {line}" if not what else line for line in lines if like in line)
+
+
+def _recipes() -> Iterator[str]:
+    for name, place in sorted(builtin().items()):
+        first = place.read_text().splitlines()[0]
+        yield f"{name:<44}{first.lstrip('# ') if first.startswith('#') else ''}".rstrip()
+
+
+def _files(kind: str) -> Iterator[str]:
+    for name in submodules(f"diffkd.{kind}"):
+        yield f"{name:<16}{_first_line(Path(diffkd.__file__).parent / kind / f'{name}.py')}"
+
+
+def _models(what: str) -> Iterator[str]:
+    """Sources, or every model where models alone are asked for."""
+    for source in submodules("diffkd.models"):
+        if not what:
+            place = Path(diffkd.__file__).parent / "models" / f"{source}.py"
+            yield f"{source + '/...':<16}{_first_line(place)}"
+        else:
+            names = importlib.import_module(f"diffkd.models.{source}").names()
+            yield from (f"{source}/{name}" for name in names)
+
+
+def _first_line(place: Path) -> str:
+    return (ast.get_docstring(ast.parse(place.read_text())) or "").splitlines()[0]

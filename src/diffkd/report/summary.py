@@ -1,0 +1,84 @@
+"""What a finished run shows: the table of teacher and student, and the curves."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffkd.report.curves import draw_curves
+from diffkd.run import RunFolder
+
+
+def finish(folder: RunFolder) -> None:
+    """Draws the curves and prints the table, where a run has just ended."""
+    summary = folder.read_summary()
+    draw_curves(folder.read_history(), summary, folder.path / "curves.png")
+    console = Console(highlight=False, width=None if Console().is_terminal else 120)
+    console.print(summary_table(summary))
+    console.print(f"run folder: {folder.path}", soft_wrap=True)
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Teacher and student side by side: how good, how large, how fast."""
+    label = summary["metric_label"]
+    table = Table(title=_title(summary))
+    for column in ("", "model"):
+        table.add_column(column)
+    for column in (f"{label} last", f"{label} best", "parameters", "MACs", "ms/image", "size"):
+        table.add_column(column, justify="right")
+    student, teacher, metric = summary["student"], summary["teacher"], summary["metric"]
+    if teacher is not None:
+        table.add_row("teacher", teacher["model"], percent(teacher[metric]), "", *_costs(teacher))
+    best = f"{percent(summary['best'][metric])} (epoch {summary['best']['epoch']})"
+    table.add_row("student", student["model"], percent(summary["last"][metric]), best, *_costs(student))
+    return table
+
+
+def _title(summary: dict[str, Any]) -> str:
+    title = (
+        f"{summary['recipe']}, {' + '.join(summary['methods']) or 'no distillation'}, seed {summary['seed']}"
+    )
+    if summary["teacher"] is not None:
+        ratio = summary["teacher"]["parameters"] / summary["student"]["parameters"]
+        title += f": {ratio:.1f} times fewer parameters"
+    return title
+
+
+def _costs(side: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{side['parameters']:,}",
+        quantity(side["macs"]),
+        f"{side['milliseconds']:.2f}",
+        quantity(side["bytes"]) + "B",
+    )
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with two decimals.
+
+    >>> percent(0.98765)
+    '98.77 %'
+    """
+    return f"{100 * value:.2f} %"
+
+
+def quantity(value: float) -> str:
+    """A number with three digits and its SI prefix.
+
+    >>> quantity(1_234_567)
+    '1.23 M'
+    """
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 999.5 or prefix == "T":
+            digits = 0 if value >= 99.5 or prefix == "" else 1 if value >= 9.95 else 2
+            return f"{value:.{digits}f} {prefix}"
+        value /= 1000
+    raise AssertionError
+
+
+def text_of(table: Table, width: int = 120) -> str:
+    """A table as plain text."""
+    console = Console(width=width, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

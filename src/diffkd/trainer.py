@@ -1,0 +1,459 @@
+"""The loop: step, validate, save, resume. The only file that imports Fabric."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from diffkd.assembly import Side, assemble, check_outputs, describe_student, evaluate
+from diffkd.batch import Batch
+from diffkd.console import Reporter
+from diffkd.errors import UserError
+from diffkd.interrupt import InterruptedRunError, StopRequest
+from diffkd.meter import Meter, Place
+from diffkd.optim import build_optimizer, lr_factor, set_lr
+from diffkd.places import cache_folder, check_cache, check_folder
+from diffkd.randomness import random_state, seed_everything, set_random_state
+from diffkd.recipe import Recipe, cache_key, dump
+from diffkd.run import History, RunFolder, load_checkpoint, resume_hint
+from diffkd.weights import load_weights
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+class Trainer:
+    """One run from a recipe to a run folder.
+
+    Args:
+        recipe: the run.
+        fabric: launched.
+        reporter: says what happens.
+
+    Raises:
+        UserError: the recipe cannot be run; nothing is written.
+    """
+
+    def __init__(self, recipe: Recipe, fabric: Fabric, reporter: Reporter) -> None:
+        self.recipe, self.fabric, self.reporter = recipe, fabric, reporter
+        self.folder = RunFolder(recipe.run_folder())
+        if fabric.is_global_zero:
+            check_folder(self.folder, recipe)
+        seed_everything(recipe.seed)
+        self.parts = parts = assemble(recipe, with_teacher=bool(recipe.method))
+        sample = parts.sample(2)
+        check_outputs(parts, sample)
+        self.ema = None
+        if recipe.trainer.ema is not None:
+            average = get_ema_multi_avg_fn(recipe.trainer.ema)
+            self.ema = AveragedModel(parts.student.model, multi_avg_fn=average, use_buffers=True).to(
+                fabric.device
+            )
+        self.distiller, self.warnings = parts.distiller(sample)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        recipe, fabric, parts = self.recipe, self.fabric, self.parts
+        where: dict[str, Any] = {"device": fabric.device, "rank": fabric.global_rank, "world_size": fabric.world_size}
+        self.train_loader = parts.loader(parts.data.train, shuffle=True, **where)
+        self.test_loader = parts.loader(parts.data.test, shuffle=False, **where)
+        self.steps_per_epoch = len(self.train_loader) // recipe.trainer.accumulate
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"trainer.accumulate={recipe.trainer.accumulate} is more than the "
+                f"{len(self.train_loader)} batches of an epoch"
+            )
+        step = parts.step(self.distiller)
+        if recipe.trainer.channels_last:
+            step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if recipe.trainer.compile:
+            for module in (parts.student.model, self.distiller.teacher, *self.distiller.methods.values()):
+                if module is not None:
+                    module.compile()
+        if parts.teacher is not None:
+            parts.teacher.to(fabric.device)
+        self.plain = step
+        self.step, self.optimizer = fabric.setup(step, build_optimizer(recipe.optimizer, step.parameters()))
+
+    @property
+    def shipped(self) -> Side:
+        """The student that is evaluated and shipped: the averaged one where there is EMA."""
+        student = self.parts.student
+        return student if self.ema is None else Side(student.name, self.ema.module, student.prepare)
+
+    # --- the run ---------------------------------------------------------------------------------
+
+    def run(self) -> RunFolder:
+        """Trains to the end, from the newest checkpoint if the recipe says resume."""
+        if self.folder.finished:
+            self.reporter.note(f"the run in {self.folder.path} is finished")
+            return self.folder
+        # From here on every process draws its own noise.
+        seed_everything(self.recipe.seed, self.fabric.global_rank)
+        teacher = self._judge_teacher()
+        place = self._begin()
+        with StopRequest() as stop, self.reporter.bar(self._total_steps, place.step) as bar:
+            while place.epoch < self.recipe.trainer.epochs and place.step < self._total_steps:
+                self._train_epoch(place, bar, stop)
+                self._end_epoch(place)
+        self._finish(place, teacher)
+        return self.folder
+
+    @property
+    def _total_steps(self) -> int:
+        whole = self.steps_per_epoch * self.recipe.trainer.epochs
+        return min(whole, self.recipe.trainer.max_steps or whole)
+
+    def _begin(self) -> Place:
+        """Makes the folder, or finds the place where the run stopped."""
+        place = Place()
+        if self.fabric.is_global_zero:
+            fresh = not self.folder.exists()
+            if fresh:
+                self.folder.create(dump(self.recipe))
+            self.reporter.log = self.folder.say
+            for line in self._account():
+                self.reporter.note(line)
+            for line in self.warnings:
+                self.reporter.warn(line)
+        self.fabric.barrier()
+        found = self.folder.newest_checkpoint(self.reporter.warn) if self.fabric.is_global_zero else None
+        found = self.fabric.broadcast(found)
+        if found is not None:
+            place = self._load(found)
+            self.reporter.note(f"resumed at epoch {place.epoch + 1}, step {place.step} from {found.name}")
+        self.logger = TensorBoardLogger(self.folder.path, name="", version="")
+        return place
+
+    def _account(self) -> Iterator[str]:
+        """What the run decided by itself, in lines."""
+        yield f"run folder: {self.folder.path}"
+        yield from self.parts.data.notes
+        for what, side in (("student", self.parts.student), ("teacher", self.parts.teacher)):
+            if side is not None:
+                yield from (f"{what}: {note}" for note in side.notes)
+        for pair in self.distiller.pairs:
+            yield (
+                f"tap: student {pair.student.layer or 'output'} {pair.student.shape} "
+                f"<- teacher {pair.teacher.layer or 'output'} {pair.teacher.shape}"
+            )
+
+    def _judge_teacher(self) -> dict[str, float] | None:
+        """The teacher's own figures; warns where it looks untrained."""
+        parts = self.parts
+        if parts.teacher is None:
+            return None
+        figures = evaluate(parts.teacher, parts.task, self.test_loader)
+        score, chance = figures[parts.task.metric], parts.task.chance
+        if chance is not None and score < 2 * chance:
+            self.reporter.warn(
+                f"teacher '{parts.teacher.name}' looks untrained: {parts.task.metric_label} "
+                f"{100 * score:.2f} % is near chance ({100 * chance:.2f} %); give teacher.weights"
+            )
+        return figures
+
+    def _train_epoch(self, place: Place, bar: Any, stop: "StopRequest") -> None:
+        """All steps of one epoch, from the place on."""
+        trainer, meter = self.recipe.trainer, Meter(place.sums)
+        self.step.train()
+        started, before = time.perf_counter(), place.seconds
+        usable = self.steps_per_epoch * trainer.accumulate
+        for batch in self.train_loader.epoch(place.epoch, place.batch):
+            if place.batch >= usable or place.step >= self._total_steps:
+                break
+            place.batch += 1
+            updates = place.batch % trainer.accumulate == 0
+            values = self._step(batch, place, updates)
+            meter.add(values, place.step + 1)
+            bar.step(updates, len(batch.images) * self.fabric.world_size)
+            if not updates:
+                continue
+            place.step += 1
+            place.seconds = before + time.perf_counter() - started
+            if place.step % trainer.log_every == 0:
+                self._look(meter, place, bar)
+            if self._agreed(stop, place):
+                self._stop(meter, place, stop)
+            if trainer.save_every is not None and place.step % trainer.save_every == 0:
+                self._save(meter, place)
+        self._check_finite(meter)
+        place.sums = meter.sums()
+        self.means = meter.means(self._all_reduce)
+
+    def _step(self, batch: Batch, place: Place, updates: bool) -> dict[str, Tensor]:
+        """One batch forward and backward, and the update where one is due."""
+        trainer, optimizer = self.recipe.trainer, self.optimizer
+        epoch = place.step / self.steps_per_epoch
+        set_lr(optimizer, self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, epoch, trainer.epochs))
+        with self.fabric.no_backward_sync(self.step, enabled=not updates):
+            losses = self.step(batch)
+            total = torch.stack([loss.float() for loss in losses.values()]).sum()
+            self.fabric.backward(total / trainer.accumulate)
+        if updates:
+            if trainer.clip_grad_norm is not None:
+                self.fabric.clip_gradients(
+                    self.step, optimizer, max_norm=trainer.clip_grad_norm, error_if_nonfinite=False
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.ema is not None:
+                self.ema.update_parameters(self.parts.student.model)
+        return {"loss": total} | losses | self.distiller.figures
+
+    def _look(self, meter: Meter, place: Place, bar: Any) -> None:
+        """Reads the losses: the only time that the host waits for the device within an epoch."""
+        self._check_finite(meter)
+        last = meter.last()
+        bar.show(f"epoch {place.epoch + 1}/{self.recipe.trainer.epochs}", last)
+        if self.fabric.is_global_zero:
+            self.logger.log_metrics({f"step/{k}": v for k, v in last.items()}, place.step)
+
+    def _check_finite(self, meter: Meter) -> None:
+        bad = meter.first_not_finite(self._all_reduce)
+        if bad is not None:
+            saved = [path.name for path in self.folder.list_checkpoints()[-1:]]
+            kept = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved yet"
+            raise UserError(
+                f"loss '{bad[0]}' is not finite at step {bad[1]}; {kept}; "
+                "try a lower optimizer.lr, trainer.clip_grad_norm=1 or trainer.precision=fp32"
+            )
+
+    def _end_epoch(self, place: Place) -> None:
+        """Validates, writes the epoch's row, saves."""
+        figures = self._validate()
+        row = {
+            "epoch": place.epoch + 1,
+            "step": place.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **self.means,
+            **figures,
+            "seconds": round(place.seconds, 3),
+            "images_per_second": round(self._images(place) / max(place.seconds, 1e-9), 1),
+            "memory_mb": round(_peak_memory(self.fabric.device) / 2**20, 1),
+        }
+        place.history.append(row)
+        place.epoch, place.batch, place.sums, place.seconds = place.epoch + 1, 0, {}, 0.0
+        self._save(Meter({}), place)
+        if self.fabric.is_global_zero:
+            self.folder.write_history(place.history)
+            self.logger.log_metrics({f"epoch/{k}": v for k, v in row.items()}, place.step)
+            shown = " ".join(f"{k}={v:.5g}" for k, v in row.items())
+            self.reporter.record(shown)
+
+    def _images(self, place: Place) -> int:
+        return place.batch * self.train_loader.batch_size * self.fabric.world_size
+
+    def _validate(self) -> dict[str, float]:
+        if self.fabric.world_size > 1:
+            for buffer in self.shipped.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        return evaluate(self.shipped, self.parts.task, self.test_loader)
+
+    # --- saving ----------------------------------------------------------------------------------
+
+    def _agreed(self, stop: "StopRequest", place: Place) -> bool:
+        """Whether to stop now. Several processes agree at the steps at which they look anyway."""
+        if self.fabric.world_size == 1:
+            return stop.signal is not None
+        if place.step % self.recipe.trainer.log_every:
+            return False
+        asked = torch.tensor(float(stop.signal or 0), device=self.fabric.device)
+        stop.signal = int(self._all_reduce(asked, "max")) or None
+        return stop.signal is not None
+
+    def _stop(self, meter: Meter, place: Place, stop: "StopRequest") -> None:
+        self._save(meter, place)
+        assert stop.signal is not None
+        line = (
+            f"stopped at epoch {place.epoch + 1}, step {place.step}; saved; {resume_hint(self.folder.path)}"
+        )
+        self.reporter.record(line)
+        raise InterruptedRunError(line, stop.signal)
+
+    def _save(self, meter: Meter, place: Place) -> None:
+        self._check_finite(meter)
+        place.sums = meter.sums()
+        model, optimizer = get_state_dict(self.plain, _unwrapped(self.optimizer), options=_FULL)
+        state = {
+            "model": model,
+            "optimizer": optimizer,
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "random": self._gather(random_state(self.fabric.device)),
+            "place": asdict(place),
+        }
+        if self.fabric.is_global_zero:
+            best = self._best(place.history)
+            keep = [int(best["step"])] if best else []
+            self.folder.save_checkpoint(place.step, lambda path: torch.save(state, path), keep)
+        self.fabric.barrier()
+
+    def _load(self, path: Path) -> Place:
+        state = load_checkpoint(path)
+        set_state_dict(
+            self.plain,
+            _unwrapped(self.optimizer),
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_FULL,
+        )
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if len(state["random"]) == self.fabric.world_size:
+            set_random_state(state["random"][self.fabric.global_rank], self.fabric.device)
+        else:
+            self.reporter.warn("resumed with another number of processes: the noise is drawn anew")
+        return Place(**state["place"])
+
+    def _all_reduce(self, value: Tensor, how: str) -> Tensor:
+        reduced = self.fabric.all_reduce(value, reduce_op=how)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The value of every process, in order."""
+        if self.fabric.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _best(self, history: History) -> dict[str, float] | None:
+        """The first epoch with the best figure."""
+        task = self.parts.task
+        sign = 1 if task.higher_is_better else -1
+        return max(history, key=lambda row: sign * row[task.metric], default=None)
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _finish(self, place: Place, teacher: dict[str, float] | None) -> None:
+        """Writes the student and the summary."""
+        self.logger.finalize("success")
+        if not self.fabric.is_global_zero:
+            return
+        task, parts = self.parts.task, self.parts
+        last, best = place.history[-1], self._best(place.history)
+        assert best is not None
+        figures = {str(name): last[str(name)] for name in task.metrics()}
+        self.folder.write_student(self.shipped.model.state_dict(), describe_student(parts, figures))
+        summary = {
+            "recipe": self.recipe.name,
+            "methods": list(self.recipe.method),
+            "seed": self.recipe.seed,
+            "metric": task.metric,
+            "metric_label": task.metric_label,
+            "last": figures,
+            "best": {name: best[name] for name in figures} | {"epoch": int(best["epoch"])},
+            "student": {"model": parts.student.name, **parts.cost(self.shipped).as_dict()},
+            "teacher": None,
+            "epochs": place.epoch,
+            "steps": place.step,
+            "seconds": round(sum(row["seconds"] for row in place.history), 3),
+            "device": str(self.fabric.device),
+            "torch": torch.__version__,
+        }
+        if parts.teacher is not None and teacher is not None:
+            summary["teacher"] = {
+                "model": parts.teacher.name,
+                **teacher,
+                **parts.cost(parts.teacher).as_dict(),
+            }
+        self.folder.write_summary(summary)
+
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def fit(recipe: Recipe, reporter: Reporter | None = None) -> RunFolder:
+    """Runs a recipe: makes its teacher if the recipe says how, then trains the student.
+
+    Raises:
+        UserError: the recipe cannot be run, and nothing is written; or the run had to stop.
+        InterruptedRunError: the run was asked to stop, and has saved its place.
+    """
+    reporter = reporter or Reporter(progress=recipe.trainer.progress)
+    fabric = make_fabric(recipe)
+    fabric.launch()
+    reporter.active = fabric.is_global_zero
+    return _fit(recipe, fabric, reporter)
+
+
+def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
+    # The whole run is built before its teacher is trained: a mistake shows at once.
+    trainer = Trainer(recipe, fabric, reporter)
+    if trainer.parts.teacher is not None and recipe.teacher is not None and recipe.teacher.train is not None:
+        made = make_teacher(recipe, fabric, reporter)
+        note = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
+        trainer.parts.teacher.notes.append(note)
+    return trainer.run()
+
+
+def make_teacher(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
+    """The run that trained the recipe's teacher: found in the cache, or run now and kept there.
+
+    Raises:
+        UserError: the cache folder cannot be used.
+    """
+    wanted = recipe.teacher_recipe()
+    place = cache_folder() / "teachers" / f"{wanted.student.model.replace('/', '-')}-{cache_key(wanted)}"
+    wanted = wanted.model_copy(update={"output": str(place), "resume": True})
+    folder = RunFolder(place)
+    if folder.finished:
+        reporter.note(f"teacher: {wanted.student.model} from {place}")
+        return folder
+    if fabric.is_global_zero:
+        check_cache(place)
+    reporter.note(f"teacher: training {wanted.student.model} once, kept in {place}")
+    with FileLock(f"{place}.lock") if fabric.is_global_zero else nullcontext():
+        return folder if folder.finished else _fit(wanted, fabric, reporter.silent())
+
+
+def make_fabric(recipe: Recipe) -> Fabric:
+    """Devices, precision and strategy as the recipe says.
+
+    Raises:
+        UserError: a device is not there.
+    """
+    wanted = recipe.trainer
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count = available.get(wanted.accelerator)
+    if count == 0:
+        raise UserError(f"trainer.accelerator={wanted.accelerator}: no such device here; use auto or cpu")
+    if count is not None and isinstance(wanted.devices, int) and wanted.devices > count:
+        raise UserError(
+            f"trainer.devices={wanted.devices}: there are {count} {wanted.accelerator} device(s) here"
+        )
+    try:
+        return Fabric(
+            accelerator=wanted.accelerator,
+            devices=wanted.devices,
+            num_nodes=wanted.num_nodes,
+            strategy=wanted.strategy,
+            precision=PRECISIONS[wanted.precision],  # type: ignore[arg-type]
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on the accelerator, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,61 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+# A recipe that trains in a second: a teacher with fresh weights, few steps.
+TINY = """
+task: classification
+data: {name: digits, batch_size: 256}
+teacher: {model: simple/cnn8}
+student: {model: simple/cnn4}
+method: {diffkd: {num_steps: 2}}
+optimizer: {name: sgd, lr: 0.02, momentum: 0.9, weight_decay: 5.0e-4}
+schedule: {name: cosine}
+trainer: {epochs: 2, accelerator: cpu, log_every: 1}
+seed: 0
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quiet_machine(monkeypatch, tmp_path_factory):
+    """Nothing of the person's own cache is read or written, and two tests do not fight for cores."""
+    monkeypatch.setenv("DIFFKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The tiny recipe as a file."""
+    place = tmp_path / "tiny.yaml"
+    place.write_text(TINY)
+    return place
+
+
+def start(*words, cwd, **env):
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "diffkd.cli", *map(str, words)],
+        cwd=cwd,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def diffkd(tmp_path):
+    """Runs a diffkd command in an empty folder; gives exit status, stdout, stderr."""
+
+    def run(*words, **env):
+        process = start(*words, cwd=tmp_path, **env)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    return run

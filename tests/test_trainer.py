@@ -1,0 +1,228 @@
+"""The loop: it repeats itself to the bit, survives being killed, and never loses a checkpoint."""
+
+import json
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from conftest import start
+from diffkd.recipe import load
+from safetensors.torch import load_file
+
+from diffkd.console import Reporter
+from diffkd.errors import UserError
+from diffkd.run import RunFolder
+from diffkd.trainer import fit
+
+
+def run(tiny, output, *overrides):
+    return fit(load(str(tiny), [f"output={output}", *overrides]), Reporter(active=False))
+
+
+def weights(folder):
+    return load_file(folder.student_file)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_one_seed_one_result_to_the_bit(tiny, tmp_path):
+    first, second = (run(tiny, tmp_path / name) for name in "ab")
+    other = run(tiny, tmp_path / "c", "seed=1")
+    assert same(weights(first), weights(second))
+    assert not same(weights(first), weights(other))
+    timing = {"seconds", "images_per_second", "memory_mb"}
+    rows = [
+        [{k: v for k, v in r.items() if k not in timing} for r in f.read_history()] for f in (first, second)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_run_folder_holds_what_it_promises(tiny, tmp_path):
+    folder = run(tiny, tmp_path / "a")
+    names = {p.name for p in folder.path.iterdir()}
+    assert {"recipe.yaml", "metrics.csv", "summary.json", "log.txt", "checkpoints", "student"} <= names
+    assert any(name.startswith("events.out") for name in names)
+    summary = folder.read_summary()
+    history = folder.read_history()
+    assert summary["last"]["top1"] == history[-1]["top1"]
+    assert summary["best"]["top1"] == max(row["top1"] for row in history)
+    assert json.loads((folder.path / "student/config.json").read_text())["model"] == "simple/cnn4"
+    again = load(str(folder.recipe_file))
+    assert again.model_dump(exclude={"name"}) == load(str(tiny), [f"output={folder.path}"]).model_dump(
+        exclude={"name"}
+    )
+
+
+def test_shipped_student_is_the_plain_model(tiny, tmp_path):
+    from diffkd.models.base import build
+
+    folder = run(tiny, tmp_path / "a")
+    model = build("simple/cnn4", num_classes=10, image_shape=(1, 8, 8))
+    model.load_state_dict(weights(folder))
+    state = torch.load(folder.list_checkpoints()[-1], weights_only=True)
+    assert not any("teacher" in key for key in state["model"])
+
+
+@pytest.mark.parametrize("extra", [(), ("trainer.ema=0.9",), ("trainer.accumulate=2", "optimizer=adamw")])
+def test_killed_at_random_steps_ends_with_the_same_bits(tiny, tmp_path, extra):
+    """SIGKILL while it trains, started again until it is done: the bits of an undisturbed run."""
+    words = ["trainer.epochs=6", "data.batch_size=64", "trainer.save_every=4", *extra]
+    undisturbed = run(tiny, tmp_path / "a", *words)
+    chosen = torch.randint(3, 110 // (2 if extra[0:1] == ("trainer.accumulate=2",) else 1), (1,)).item()
+    folder = RunFolder(tmp_path / "b")
+    process = start("distill", tiny, f"output={folder.path}", *words, cwd=tmp_path)
+    _wait_for_step(process, folder, chosen)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not folder.finished
+    run(tiny, folder.path, "resume=true", *words)
+    assert same(weights(undisturbed), weights(folder))
+    assert [r["loss"] for r in undisturbed.read_history()] == [r["loss"] for r in folder.read_history()]
+
+
+def _wait_for_step(process, folder, step, patience=120):
+    """Until a checkpoint of at least about that step is on disk."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until and process.poll() is None:
+        steps = [int(p.stem.split("-")[1]) for p in folder.path.glob("checkpoints/step-*.pt")]
+        if steps and max(steps) >= step - 4:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"it ended before step {step}: {process.communicate()[1]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(tiny, tmp_path, number):
+    words = ["trainer.epochs=30", "data.batch_size=32"]
+    folder = RunFolder(tmp_path / "b")
+    process = start("distill", tiny, f"output={folder.path}", *words, cwd=tmp_path)
+    _wait_for_step(process, folder, 44)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "resume=true" in err
+    assert "Traceback" not in err
+    step = int(folder.list_checkpoints()[-1].stem.split("-")[1])
+    state = torch.load(folder.list_checkpoints()[-1], weights_only=True)
+    assert state["place"]["step"] == step
+    assert step % 44 or state["place"]["batch"] == 0
+
+
+def test_damaged_newest_checkpoint_is_set_aside(tiny, tmp_path):
+    words = ["trainer.epochs=3"]
+    undisturbed = run(tiny, tmp_path / "a", *words)
+    folder = run(tiny, tmp_path / "b", *words)
+    (folder.path / "summary.json").unlink()
+    newest = folder.list_checkpoints()[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    newest.write_bytes(content)
+    said = []
+    reporter = Reporter(active=False)
+    reporter.warn = said.append
+    fit(load(str(tiny), [f"output={folder.path}", "resume=true", *words]), reporter)
+    assert "is damaged" in said[0]
+    assert same(weights(undisturbed), weights(folder))
+
+
+def test_truncated_checkpoint_is_set_aside(tiny, tmp_path):
+    folder = run(tiny, tmp_path / "b")
+    newest = folder.list_checkpoints()[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    said = []
+    assert folder.newest_checkpoint(said.append) == folder.list_checkpoints()[-1]
+    assert "is damaged" in said[0]
+
+
+def test_keeps_the_last_two_and_the_best(tiny, tmp_path):
+    folder = run(tiny, tmp_path / "a", "trainer.epochs=6", "optimizer.lr=0.1")
+    history = folder.read_history()
+    steps = [row["step"] for row in history]
+    best = max(history, key=lambda row: row["top1"])["step"]
+    kept = {int(p.stem.split("-")[1]) for p in folder.list_checkpoints()}
+    assert kept == {*steps[-2:], best}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"loss '.+' is not finite at step \d+; .*checkpoint"):
+        run(tiny, tmp_path / "a", "optimizer.lr=1.0e+20", "schedule=constant", "trainer.epochs=40")
+    folder = RunFolder(tmp_path / "a")
+    assert not folder.finished
+    for path in folder.list_checkpoints():
+        state = torch.load(path, weights_only=True)
+        assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
+
+
+def test_disk_full_while_saving_keeps_the_checkpoint_before(tiny, tmp_path):
+    folder = run(tiny, tmp_path / "a")
+    before = {p.name: p.read_bytes() for p in folder.list_checkpoints()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def too_much(path):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        try:
+            torch.save(torch.zeros(10_000), path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    with pytest.raises(UserError, match=r"step 99 cannot be written .*earlier checkpoints are intact"):
+        folder.save_checkpoint(99, too_much)
+    assert {p.name: p.read_bytes() for p in folder.checkpoints.iterdir()} == before
+
+
+def test_existing_run_is_not_overwritten(tiny, tmp_path):
+    folder = run(tiny, tmp_path / "a")
+    before = folder.student_file.stat().st_mtime_ns
+    with pytest.raises(UserError, match="exists; resume=true"):
+        run(tiny, tmp_path / "a")
+    with pytest.raises(UserError, match=r"made with another recipe: optimizer\.lr"):
+        run(tiny, tmp_path / "a", "resume=true", "optimizer.lr=0.5")
+    assert run(tiny, tmp_path / "a", "resume=true").finished
+    assert folder.student_file.stat().st_mtime_ns == before
+
+
+def test_teacher_is_made_once_and_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFKD_CACHE", str(tmp_path / "cache"))
+    made = ("teacher.train.epochs=3", "student=simple/cnn2")
+    first = run(tiny, tmp_path / "a", *made)
+    kept = [p for p in (tmp_path / "cache/teachers").iterdir() if p.is_dir()]
+    assert len(kept) == 1
+    stamp = (kept[0] / "summary.json").stat().st_mtime_ns
+    second = run(tiny, tmp_path / "b", *made)
+    assert (kept[0] / "summary.json").stat().st_mtime_ns == stamp
+    assert same(weights(first), weights(second))
+    recorded = json.loads((kept[0] / "summary.json").read_text())["last"]["top1"]
+    assert first.read_summary()["teacher"]["top1"] == recorded
+
+
+def test_untrained_teacher_is_told_of(tiny, tmp_path):
+    said = []
+    reporter = Reporter(active=False)
+    reporter.warn = said.append
+    fit(load(str(tiny), [f"output={tmp_path / 'a'}"]), reporter)
+    assert any("teacher 'simple/cnn8' looks untrained" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.precision=bf16",),
+        ("trainer.channels_last=true",),
+        ("trainer.clip_grad_norm=0.1", "schedule={name: poly, warmup_epochs: 1}"),
+        ("optimizer={name: adamw, lr: 0.002}", "trainer.ema=0.5"),
+        ("trainer.accumulate=2", "trainer.max_steps=3"),
+    ],
+)
+def test_every_way_to_train_learns(tiny, tmp_path, words):
+    folder = run(tiny, tmp_path / "a", "data.batch_size=64", "method=none", *words)
+    rows = folder.read_history()
+    assert all(row["loss"] > 0 for row in rows)
+    if "trainer.max_steps=3" in words:
+        assert rows[-1]["step"] == 3
+    else:
+        assert rows[-1]["top1"] > 0.3
