@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffkd.data_options import class_count, data_folder
 from diffkd.errors import UserError
-from diffkd.options import data_folder
 from diffkd.pictures import ArraySplit, hold_out
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -110,16 +110,7 @@ def load_arrays(
 
 
 def _count_classes(train: Arrays, test: Arrays, num_classes: int | None) -> int:
-    highest = [
-        (int(arrays.targets.max()), arrays.source) for arrays in (train, test) if arrays.targets is not None
-    ]
-    if num_classes is None and not highest:
-        raise UserError("without labels, say how many classes the teacher tells apart: data.num_classes=K")
-    count = num_classes or max(highest)[0] + 1
-    for label, source in highest:
-        if label >= count:
-            raise UserError(f"{source} holds the label {label}, outside 0 to {count - 1} for {count} classes")
-    return count
+    return class_count(num_classes, labels={test.source: test.targets, train.source: train.targets})
 
 
 def read_split(folder: Path, split: Literal["train", "test"], labels: Labels) -> Arrays | None:

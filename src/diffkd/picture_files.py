@@ -1,6 +1,5 @@
 """Picture files: decoded whatever their format, augmented one by one, corrupt ones named and skipped."""
 
-import copy
 import math
 import os
 import re
@@ -261,16 +260,32 @@ class Files:
         path = self.folder / os.fsdecode(bytes(self.paths[index]))
         return Item(str(path), path, None if self.targets is None else int(self.targets[index]))
 
-    def hold_out(self, fraction: float) -> tuple["Files", "Files", str]:
-        """Files to train on, files to test on, and a note that says so."""
-        parts = []
-        for places in hold_out(len(self), fraction, self.targets):
-            part = copy.copy(self)
-            part.paths = self.paths[places]
-            part.targets = None if self.targets is None else self.targets[places]
-            parts.append(part)
-        train, test = parts
-        return train, test, f"no test split in '{self.folder}': {len(test)} of {len(self)} pictures held out as one"
+
+class Part:
+    """The samples of a source at some places.
+
+    Args:
+        source: all of them.
+        places: `(N,)` int64.
+    """
+
+    def __init__(self, source: Source, places: np.ndarray) -> None:
+        self.source, self.places = source, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.source[int(self.places[index])]
+
+
+def held_out(
+    source: Source, targets: np.ndarray | None, fraction: float, where: str
+) -> tuple[Part, Part, tuple[str, ...]]:
+    """A part to train on, a part to test on as `hold_out` draws it, and a note that says so."""
+    train, test = hold_out(len(source), fraction, targets)
+    note = f"no test split in '{where}': {len(test)} of its {len(source)} pictures held out as one"
+    return Part(source, train), Part(source, test), (note,)
 
 
 class Pictures:

@@ -165,8 +165,9 @@ def mix_batch(
     Args:
         batch: images `(B, C, H, W)`, targets `(B,)`, `(B, K)` or None.
         num_classes: K.
-        mixup_alpha, cutmix_alpha: parameter of the symmetric Beta distribution that the share is
-            drawn from; 0 turns that kind off.
+        mixup_alpha: parameter of the symmetric Beta distribution that the share is drawn from; 0 turns
+            mixup off.
+        cutmix_alpha: the same for cutmix.
         generator: on the CPU; the only source of randomness.
 
     Returns:

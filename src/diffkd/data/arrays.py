@@ -4,7 +4,7 @@ from typing import Literal
 
 from diffkd.array_files import ArrayOptions, load_arrays
 from diffkd.data.base import Data
-from diffkd.options import data_folder, spread
+from diffkd.data_options import data_folder, spread
 from diffkd.pictures import ArraySplit, channel_statistics
 
 

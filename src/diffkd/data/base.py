@@ -159,11 +159,10 @@ class Loader:
             return
         assert self._workers is not None
         self._plan.chunks = [[(i, mix(self.seed, number, i)) for i in c.tolist()] for c in chunks]
-        try:
-            for batch in self._workers:
-                yield _to_device(batch, self.device)
-        except UserError as error:  # a loader process hands over its whole traceback as the message
-            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from error
+        for batch in self._workers:
+            if isinstance(batch, UserError):
+                raise batch
+            yield _to_device(batch, self.device)
 
     def _share(self, epoch: int) -> Tensor:
         """This process's sample indices in the order of the epoch."""
@@ -206,6 +205,9 @@ class _Seeded(Dataset[tuple[Any, int]]):
                 random.seed(seed)
                 np.random.seed(seed % 2**32)
                 return self.samples[index], index
+        except UserError as error:
+            # as a value: raised in a loader process, it would come with a traceback for a message
+            return error, index
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
@@ -215,7 +217,10 @@ class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Batch] | None) -> None:
         self.collate = collate or default_collate
 
-    def __call__(self, rows: list[tuple[Any, int]]) -> Batch:
+    def __call__(self, rows: list[tuple[Any, int]]) -> Batch | UserError:
+        for sample, _ in rows:
+            if isinstance(sample, UserError):
+                return sample
         batch = as_batch(self.collate([sample for sample, _ in rows]))
         return batch._replace(indices=torch.tensor([index for _, index in rows]))
 

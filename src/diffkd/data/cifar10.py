@@ -2,7 +2,7 @@
 
 from diffkd.array_files import ArrayOptions, load_cifar
 from diffkd.data.base import Data
-from diffkd.options import spread
+from diffkd.data_options import spread
 from diffkd.pictures import ArraySplit
 
 _MEAN = (0.4914, 0.4822, 0.4465)

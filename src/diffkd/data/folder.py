@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 
 from diffkd.data.base import Data
+from diffkd.data_options import class_count, data_folder, quoted, same_classes, spread
 from diffkd.errors import UserError
-from diffkd.options import class_count, data_folder, quoted, same_classes, spread
-from diffkd.picture_files import ENDINGS, IMAGENET_MEAN, IMAGENET_STD, Files, PictureOptions
+from diffkd.picture_files import ENDINGS, IMAGENET_MEAN, IMAGENET_STD, Files, PictureOptions, Source, held_out
 
 _TEST_NAMES = ("val", "valid", "validation", "test")
 
@@ -47,10 +47,11 @@ def build(
     place = folder / "train" if (folder / "train").is_dir() else folder
     if test_place is not None and place == folder:
         raise UserError(f"'{folder}' has a folder '{test_place.name}' but none named 'train'")
-    train, classes = _unlabelled(place) if labels == "none" else _labelled(place)
+    found, classes = _unlabelled(place) if labels == "none" else _labelled(place)
+    train: Source = found
+    test: Source
     if test_place is None:
-        train, test, note = train.hold_out(val_fraction)
-        notes = (note,)
+        train, test, notes = held_out(found, found.targets, val_fraction, str(place))
     else:
         flat = labels == "none" and not _folders_in(test_place)
         test, test_classes = _unlabelled(test_place) if flat else _labelled(test_place)
@@ -59,7 +60,7 @@ def build(
         classes = test_classes
     return Data(
         *options.splits(train, test),
-        num_classes=class_count(num_classes, classes, str(folder)),
+        num_classes=class_count(num_classes, classes),
         image_shape=options.image_shape,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -77,7 +78,9 @@ def _find_test(folder: Path, name: str | None) -> tuple[Path | None, tuple[str, 
     found = [name for name in _TEST_NAMES if (folder / name).is_dir()]
     if len(found) < 2:
         return (folder / found[0] if found else None), ()
-    return folder / found[0], (f"tested on '{found[0]}', not on {quoted(found[1:])}: data.test_folder chooses",)
+    return folder / found[0], (
+        f"tested on '{found[0]}', not on {quoted(found[1:])}: data.test_folder chooses",
+    )
 
 
 def _labelled(folder: Path) -> tuple[Files, tuple[str, ...]]:
@@ -89,7 +92,9 @@ def _labelled(folder: Path) -> tuple[Files, tuple[str, ...]]:
     found = [_pictures_in(folder / name) for name in classes]
     empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
     if empty:
-        raise UserError(f"no pictures in the class folder{'s' * (len(empty) > 1)} {quoted(empty)} of '{folder}'")
+        raise UserError(
+            f"no pictures in the class folder{'s' * (len(empty) > 1)} {quoted(empty)} of '{folder}'"
+        )
     paths = [f"{name}/{path}" for name, paths in zip(classes, found, strict=True) for path in paths]
     targets = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
     return Files(folder, paths, targets), tuple(classes)

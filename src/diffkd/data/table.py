@@ -1,15 +1,18 @@
 """Lists of pictures in CSV files, one for each split."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from diffkd.data.base import Data
+from diffkd.data_options import class_count, data_folder, spread
 from diffkd.errors import UserError, nearest
-from diffkd.options import class_count, data_folder, quoted, spread
-from diffkd.picture_files import IMAGENET_MEAN, IMAGENET_STD, Files, PictureOptions
+from diffkd.picture_files import IMAGENET_MEAN, IMAGENET_STD, Files, PictureOptions, Source, held_out
+
+_WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 
 
 class _Table(NamedTuple):
@@ -38,7 +41,8 @@ def build(
 
     Args:
         root: the folder.
-        path_column, label_column: names of the two columns; others are left alone.
+        path_column: name of the column of paths.
+        label_column: name of the column of labels; further columns are left alone.
         val_fraction: share of every class to test on where there is only `train.csv`.
         labels: "none" trains without labels; the test file keeps its labels if it has the column.
         num_classes: needed without labels; else checked, but may exceed the highest class index.
@@ -54,12 +58,15 @@ def build(
         tables.append(_read(place, path_column, label_column, needed=labels == "given"))
     targets, classes, count = _index(tables, num_classes)
     splits = [Files(folder, table.paths, known) for table, known in zip(tables, targets, strict=True)]
+    train: Source
+    test: Source
     notes: tuple[str, ...] = ()
     if place is None:
-        *splits, note = splits[0].hold_out(val_fraction)
-        notes = (note,)
+        train, test, notes = held_out(splits[0], targets[0], val_fraction, str(folder))
+    else:
+        train, test = splits
     return Data(
-        *options.splits(*splits),
+        *options.splits(train, test),
         num_classes=count,
         image_shape=options.image_shape,
         mean=IMAGENET_MEAN,
@@ -100,11 +107,24 @@ def _index(
     tables: list[_Table], num_classes: int | None
 ) -> tuple[list[np.ndarray | None], tuple[str, ...], int]:
     """Class indices of each table, the classes' names if they have any, and their number."""
-    labelled = [table for table in tables if table.labels]
-    every = [label for table in labelled for label in table.labels or ()]
-    if all(re.fullmatch(r"-?\d+", label) for label in every):
-        classes: tuple[str, ...] = ()
-        highest = max(map(int, every), default=-1)
-        count = num_classes or (highest + 1 if every else class_count(None, (), str(tables[0].file)))
-        known = {str(i): i for i in range(count)}
-    ...
+    labels = {label for table in tables for label in table.labels or ()}
+    if all(_WHOLE_NUMBER.fullmatch(label) for label in labels):
+        highest = max(map(int, labels), default=-1)
+        found = max(highest + 1, 1) if labels else class_count(num_classes)
+        count = num_classes or found
+        known = {label: int(label) for label in labels if 0 <= int(label) < count}
+        return [_look_up(table, known, f"outside 0 to {count - 1}") for table in tables], (), count
+    first = next(table for table in tables if table.labels)
+    classes = tuple(sorted(set(first.labels or ())))
+    known = {name: index for index, name in enumerate(classes)}
+    targets = [_look_up(table, known, f"no class of '{first.file.name}'") for table in tables]
+    return targets, classes, class_count(num_classes, classes)
+
+
+def _look_up(table: _Table, known: dict[str, int], otherwise: str) -> np.ndarray | None:
+    if table.labels is None:
+        return None
+    for row, label in enumerate(table.labels, 2):
+        if label not in known:
+            raise UserError(f"label '{label}' in row {row} of '{table.file}' is {otherwise}")
+    return np.array([known[label] for label in table.labels])

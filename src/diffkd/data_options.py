@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,20 +72,37 @@ def data_folder(root: str | None, name: str) -> Path:
     return folder
 
 
-def class_count(given: int | None, classes: Sequence[str], where: str) -> int:
-    """The number of classes: as many as were found, or as many as the user says where none were.
+def class_count(
+    given: int | None, classes: Sequence[str] = (), labels: Mapping[str, Any] | None = None
+) -> int:
+    """The number of classes: as the user says, or else of the names, or else the highest label plus one.
+
+    Args:
+        given: `data.num_classes`.
+        classes: names of the classes, where they have names.
+        labels: for each place that holds labels, as an error calls it, the class indices there, an
+            array or a tensor; None where there are none.
 
     Raises:
-        UserError: neither is known, or they differ.
+        UserError: the number is not known, differs from that of the names, or is exceeded by a label.
 
-    >>> class_count(None, ("cat", "dog"), "photos")
-    2
+    >>> import numpy as np
+    >>> class_count(None, ("cat", "dog")), class_count(None, labels={"'photos.csv'": np.array([0, 2])})
+    (2, 3)
     """
-    if given is None and not classes:
+    highest = {place: int(values.max()) for place, values in (labels or {}).items() if values is not None}
+    count = len(classes) or max(highest.values(), default=-1) + 1 if given is None else given
+    if given is None and count == 0:
         raise UserError("without labels, say how many classes the teacher tells apart: data.num_classes=K")
-    if given is not None and classes and given != len(classes):
-        raise UserError(f"data.num_classes={given}, but '{where}' has {len(classes)} classes")
-    return given or len(classes)
+    if count < 1 or count != (len(classes) or count):
+        raise UserError(
+            f"data.num_classes={given}"
+            + (f", but there are {len(classes)} classes" if classes else " is too few")
+        )
+    for place, label in highest.items():
+        if label >= count:
+            raise UserError(f"{place} holds the label {label}, outside 0 to {count - 1} for {count} classes")
+    return count
 
 
 def same_classes(train: Sequence[str], test: Sequence[str], where: str) -> None:
@@ -99,7 +116,9 @@ def same_classes(train: Sequence[str], test: Sequence[str], where: str) -> None:
     diffkd.errors.UserError: the classes of 'photos/test' differ from those to train on: it has also 'dog'
     """
     missing, unknown = sorted(set(train) - set(test)), sorted(set(test) - set(train))
-    parts = [f"{verb} {quoted(names)}" for verb, names in (("lacks", missing), ("has also", unknown)) if names]
+    parts = [
+        f"{verb} {quoted(names)}" for verb, names in (("lacks", missing), ("has also", unknown)) if names
+    ]
     if parts:
         raise UserError(f"the classes of '{where}' differ from those to train on: it {' and '.join(parts)}")
 

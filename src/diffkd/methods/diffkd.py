@@ -1,0 +1,443 @@
+"""DiffKD: Knowledge Diffusion for Distillation (Huang et al., NeurIPS 2023, arXiv 2305.15712)."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from diffkd.batch import Batch
+from diffkd.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
+from diffkd.errors import UserError, nearest
+from diffkd.methods.base import Method, Setup
+
+DISTANCES = ("mse", "kl")
+
+
+class DiffKDOutput(NamedTuple):
+    """What one forward pass of DiffKD gives.
+
+    Attributes:
+        denoised: the student's feature after denoising and projection, `(B, C, *S)`.
+        target: what it is matched with, detached, `(B, C, *S)`.
+        loss: the sum of the three losses, a scalar.
+        kd_loss: distance of denoised and target.
+        diffusion_loss: how well the denoiser predicts the noise in the teacher's features.
+        reconstruction_loss: the autoencoder's; 0 without one.
+        gamma: share of the student's own feature in the denoiser's input, `(B,)`, 0 to 1.
+    """
+
+    denoised: Tensor
+    target: Tensor
+    loss: Tensor
+    kd_loss: Tensor
+    diffusion_loss: Tensor
+    reconstruction_loss: Tensor
+    gamma: Tensor
+
+
+class DiffKD(nn.Module):
+    """Denoises the student's feature with a diffusion model of the teacher's, then matches them.
+
+    Args:
+        student_channels: channels of the student's feature.
+        teacher_channels: channels of the teacher's feature.
+        latent_channels: width of the space that both are compared in; an autoencoder brings the
+            teacher's feature there. None compares in the teacher's own space. Not for vectors.
+        spatial_dims: 0 for vectors and logits `(B, C)`, 1 for sequences `(B, C, L)`, 2 for maps
+            `(B, C, H, W)`, 3 for volumes `(B, C, D, H, W)`.
+        num_steps: evaluations of the denoiser per forward pass.
+        train_timesteps: length of the noise schedule.
+        start_timestep: how noisy the student's feature is taken to be.
+        distance: "mse", or "kl" for class scores: Kullback-Leibler divergence over the channel
+            axis, mean over samples and positions, times `temperature` squared.
+        detach_denoiser: the distance's gradient stops at the denoiser's weights (it still passes
+            through the denoiser to the student). The paper's code lets it in.
+        temperature: of "kl".
+
+    Raises:
+        UserError: an argument is impossible, or a feature does not have the shape promised here.
+
+    >>> diffkd = DiffKD(8, 16, latent_channels=4)
+    >>> out = diffkd(torch.rand(2, 8, 5, 5), torch.rand(2, 16, 5, 5))
+    >>> out.denoised.shape, out.gamma.shape
+    (torch.Size([2, 4, 5, 5]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        latent_channels: int | None = None,
+        spatial_dims: int = 2,
+        num_steps: int = 5,
+        train_timesteps: int = 1000,
+        start_timestep: int = 500,
+        distance: str = "mse",
+        detach_denoiser: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _check(student_channels, teacher_channels, latent_channels, spatial_dims)
+        _check_process(num_steps, train_timesteps, start_timestep, distance, temperature)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.channels, self.spatial_dims = latent_channels or teacher_channels, spatial_dims
+        self.train_timesteps, self.distance = train_timesteps, distance
+        self.detach_denoiser, self.temperature = detach_denoiser, temperature
+        width = self.channels
+        self.align = _conv(spatial_dims, student_channels, width)
+        self.autoencoder = None
+        if latent_channels is not None:
+            self.autoencoder = Autoencoder(spatial_dims, teacher_channels, latent_channels)
+        self.denoiser = Denoiser(spatial_dims, width, train_timesteps)
+        self.noise_matcher = NoiseMatcher(spatial_dims, width)
+        self.projection = nn.Sequential(_conv(spatial_dims, width, width), _norm(spatial_dims, width))
+        self._schedule(torch.device("cpu"), torch.float32)
+        steps = ddim_timesteps(num_steps, start_timestep)
+        alphas = [*alpha_bars(train_timesteps)[steps].tolist(), 1.0]
+        self.ddim = list(zip(steps, alphas[:-1], alphas[1:], strict=True))
+        self._told = False
+
+    def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> DiffKDOutput:
+        """All losses of one training step.
+
+        Args:
+            student_feature: `(B, student_channels, *S)`.
+            teacher_feature: `(B, teacher_channels, *S)`; where sizes differ, the larger is resized.
+        """
+        self._check_shape("student", student_feature, self.student_channels)
+        self._check_shape("teacher", teacher_feature, self.teacher_channels)
+        size = self._common_size(student_feature, teacher_feature)
+        target, reconstruction_loss = self._encode(_resize(teacher_feature, size))
+        denoised, gamma = self._denoise(_resize(self.align(student_feature), size))
+        kd_loss = self._distance(denoised, target)
+        diffusion_loss = self.diffusion_loss(target)
+        loss = kd_loss + diffusion_loss + reconstruction_loss
+        return DiffKDOutput(denoised, target, loss, kd_loss, diffusion_loss, reconstruction_loss, gamma)
+
+    def denoise(self, feature: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The student's feature, denoised: what is matched with the target.
+
+        Args:
+            feature: `(B, student_channels, *S)`.
+            noise: `(B, C, *S)`, of the latent's shape; None draws it.
+        """
+        self._check_shape("student", feature, self.student_channels)
+        return self._denoise(self.align(feature), noise)[0]
+
+    def diffusion_loss(
+        self, target: Tensor, noise: Tensor | None = None, timesteps: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error of the noise that the denoiser sees in noisy teacher features.
+
+        Args:
+            target: `(B, C, *S)`, the clean latent.
+            noise: of the target's shape; None draws it.
+            timesteps: `(B,)` int64 below `train_timesteps`; None draws them.
+        """
+        if noise is None:
+            noise = torch.randn_like(target)
+        if timesteps is None:
+            timesteps = torch.randint(0, self.train_timesteps, (len(target),), device=target.device)
+        noisy = add_noise(_precise(target), _precise(noise), self.alpha_bars[timesteps])
+        predicted = self.denoiser(noisy.to(target.dtype), self.denoiser.embedding(timesteps))
+        return F.mse_loss(_precise(predicted), _precise(noise))
+
+    def _encode(self, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The target, and how badly the autoencoder rebuilds the teacher's feature."""
+        if self.autoencoder is None:
+            return teacher_feature.detach(), teacher_feature.new_zeros((), dtype=self.alpha_bars.dtype)
+        teacher_feature = teacher_feature.detach()
+        latent = self.autoencoder.encoder(teacher_feature)
+        rebuilt = self.autoencoder.decoder(latent)
+        return latent.detach(), F.mse_loss(_precise(rebuilt), _precise(teacher_feature))
+
+    def _denoise(self, latent: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise matching, the DDIM steps, the projection; also gamma `(B,)`."""
+        if noise is None:
+            noise = torch.randn_like(latent)
+        gamma = self.noise_matcher(latent)
+        share = gamma.view(-1, *[1] * (latent.dim() - 1))
+        noisy = share * latent + (1 - share) * noise
+        denoiser = self._denoiser_with_fixed_weights() if self.detach_denoiser else self.denoiser
+        for timestep, alpha_bar, alpha_bar_next in self.ddim:
+            predicted = denoiser(noisy, self.denoiser.embedding.weight[timestep])
+            noisy = ddim_step(noisy, predicted, alpha_bar, alpha_bar_next)
+        return self.projection(noisy), _precise(gamma)
+
+    def _denoiser_with_fixed_weights(self) -> Callable[[Tensor, Tensor], Tensor]:
+        fixed = {name: weight.detach() for name, weight in self.denoiser.named_parameters()}
+        return lambda noisy, code: functional_call(self.denoiser, fixed, (noisy, code.detach()))
+
+    def _distance(self, denoised: Tensor, target: Tensor) -> Tensor:
+        denoised, target = _precise(denoised), _precise(target)
+        if self.distance == "mse":
+            return F.mse_loss(denoised, target)
+        ours, theirs = (F.log_softmax(x / self.temperature, dim=1) for x in (denoised, target))
+        divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+        return divergence.mean() * self.temperature**2
+
+    def _common_size(self, student: Tensor, teacher: Tensor) -> tuple[int, ...]:
+        """The smaller size along each axis; says once that there is something to resize."""
+        ours, theirs = tuple(student.shape[2:]), tuple(teacher.shape[2:])
+        if ours != theirs and not self._told and not torch.compiler.is_compiling():
+            self._told = True
+            warnings.warn(f"maps of {ours} (student) and {theirs} (teacher): the larger is resized", stacklevel=3)
+        return tuple(min(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    def _check_shape(self, side: str, feature: Tensor, channels: int) -> None:
+        if feature.dim() != self.spatial_dims + 2 or feature.shape[1] != channels:
+            axes = ", ".join(["B", str(channels), *("D", "H", "W")[3 - self.spatial_dims :]])
+            raise UserError(f"the {side}'s feature is {tuple(feature.shape)}; DiffKD was made for ({axes})")
+
+    def _schedule(self, device: torch.device, dtype: torch.dtype) -> None:
+        # Half precision cannot tell the schedule's ends apart: it stays in float32 at least.
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        schedule = alpha_bars(self.train_timesteps).to(precise).to(device)
+        self.register_buffer("alpha_bars", schedule, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffKD":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        weight = self.denoiser.embedding.weight
+        self._schedule(weight.device, weight.dtype)
+        return self
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise in a noisy feature: `(B, C, *S)` to `(B, C, *S)`.
+
+    Args:
+        dims: number of spatial axes.
+        channels: C.
+        timesteps: number of timesteps that have an embedding.
+    """
+
+    def __init__(self, dims: int, channels: int, timesteps: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(timesteps, channels)
+        self.body = _vector_denoiser(channels) if dims == 0 else _map_denoiser(dims, channels)
+
+    def forward(self, noisy: Tensor, code: Tensor) -> Tensor:
+        """The noise, given the timestep's code: `(C,)`, or `(B, C)` where samples differ."""
+        spatial = noisy.dim() - 2
+        found: Tensor = self.body(noisy + code.view(*code.shape, *[1] * spatial))
+        return found
+
+
+class NoiseMatcher(nn.Module):
+    """How much of the feature to keep before noise is mixed in: `(B, C, *S)` to `(B,)`.
+
+    Args:
+        dims: number of spatial axes.
+        channels: C.
+    """
+
+    def __init__(self, dims: int, channels: int) -> None:
+        super().__init__()
+        self.body = Bottleneck(dims, channels, 8) if dims else _vector_matcher(channels)
+        self.head = nn.Linear(channels, 2)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Gamma, between 0 and 1."""
+        pooled = self.body(feature).flatten(2).mean(2) if feature.dim() > 2 else self.body(feature)
+        return self.head(pooled).softmax(1)[:, 0]
+
+
+class Autoencoder(nn.Module):
+    """Brings the teacher's feature into a narrower space, and back.
+
+    Args:
+        dims: number of spatial axes.
+        teacher_channels: of the teacher's feature.
+        channels: of the narrower space.
+    """
+
+    def __init__(self, dims: int, teacher_channels: int, channels: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(_conv(dims, teacher_channels, channels), _norm(dims, channels))
+        self.decoder = _conv(dims, channels, teacher_channels)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """The feature rebuilt."""
+        rebuilt: Tensor = self.decoder(self.encoder(feature))
+        return rebuilt
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolution with BatchNorm, plus the input; no activation after the sum.
+
+    Args:
+        dims: number of spatial axes.
+        channels: in and out.
+        reduction: by how much the middle is narrower.
+    """
+
+    def __init__(self, dims: int, channels: int, reduction: int) -> None:
+        super().__init__()
+        middle = max(1, channels // reduction)
+        self.body = nn.Sequential(
+            _conv(dims, channels, middle),
+            _norm(dims, middle),
+            nn.ReLU(),
+            _conv(dims, middle, middle, 3),
+            _norm(dims, middle),
+            nn.ReLU(),
+            _conv(dims, middle, channels),
+            _norm(dims, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, *S)` to the same shape."""
+        out: Tensor = self.body(x) + x
+        return out
+
+
+class DiffKDMethod(Method):
+    """DiffKD on every tapped pair: features by mean squared error, class scores by KL divergence.
+
+    Args:
+        setup: what the run taps.
+        latent_channels: width of the autoencoder's space for features (ImageNet: 1024); None has none.
+        num_steps, train_timesteps, start_timestep, detach_denoiser, temperature: as in `DiffKD`.
+
+    Raises:
+        UserError: nothing is tapped.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        num_steps: int = 5,
+        latent_channels: int | None = None,
+        train_timesteps: int = 1000,
+        start_timestep: int = 500,
+        detach_denoiser: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not setup.pairs:
+            raise UserError("method 'diffkd' needs a feature map or logits to distil; set taps")
+        self.names = [pair.name for pair in setup.pairs]
+        self.pairs = nn.ModuleList(
+            DiffKD(
+                pair.student.channels,
+                pair.teacher.channels,
+                latent_channels=latent_channels if pair.student.spatial_dims and not pair.is_logits else None,
+                spatial_dims=pair.student.spatial_dims,
+                num_steps=num_steps,
+                train_timesteps=train_timesteps,
+                start_timestep=start_timestep,
+                distance="kl" if pair.is_logits else "mse",
+                detach_denoiser=detach_denoiser,
+                temperature=temperature,
+            )
+            for pair in setup.pairs
+        )
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Distance, diffusion and reconstruction losses of every pair."""
+        losses: dict[str, Tensor] = {}
+        for name, diffkd in zip(self.names, self.pairs, strict=True):
+            out: DiffKDOutput = diffkd(student[name], teacher[name])
+            losses |= {f"{name}.kd": out.kd_loss, f"{name}.diffusion": out.diffusion_loss}
+            if diffkd.autoencoder is not None:
+                losses[f"{name}.reconstruction"] = out.reconstruction_loss
+            self.figures[f"{name}.gamma"] = out.gamma.detach().mean()
+        return losses
+
+
+class _Norm:
+    """BatchNorm that falls back to its running statistics where there is one value per channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:  # type: ignore[attr-defined]
+            self.eval()  # type: ignore[attr-defined]
+            out = super().forward(x)  # type: ignore[misc]
+            self.train()  # type: ignore[attr-defined]
+            return out  # type: ignore[no-any-return]
+        return super().forward(x)  # type: ignore[misc,no-any-return]
+
+
+class _Norm1d(_Norm, nn.BatchNorm1d): ...
+
+
+class _Norm2d(_Norm, nn.BatchNorm2d): ...
+
+
+class _Norm3d(_Norm, nn.BatchNorm3d): ...
+
+
+def _norm(dims: int, channels: int) -> nn.Module:
+    return (_Norm1d, _Norm1d, _Norm2d, _Norm3d)[dims](channels)
+
+
+def _conv(dims: int, inputs: int, outputs: int, kernel: int = 1) -> nn.Module:
+    """A convolution of that rank that keeps the size; for vectors a linear layer."""
+    if dims == 0:
+        return nn.Linear(inputs, outputs)
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, kernel, padding=kernel // 2)
+
+
+def _map_denoiser(dims: int, channels: int) -> nn.Module:
+    return nn.Sequential(
+        Bottleneck(dims, channels, 4),
+        Bottleneck(dims, channels, 4),
+        _conv(dims, channels, channels),
+        _norm(dims, channels),
+    )
+
+
+def _vector_denoiser(channels: int) -> nn.Module:
+    wide = 4 * channels
+    return nn.Sequential(
+        *(nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels), _norm(0, channels)),
+        *(nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels)),
+    )
+
+
+def _vector_matcher(channels: int) -> nn.Module:
+    wide = 2 * channels
+    return nn.Sequential(
+        nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels), _norm(0, channels)
+    )
+
+
+def _resize(feature: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Averages down to a size."""
+    if tuple(feature.shape[2:]) == size:
+        return feature
+    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
+    return pool(feature, size)  # type: ignore[arg-type]
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """In float32 at least: half precision is too coarse for losses."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _check(student: int, teacher: int, latent: int | None, dims: int) -> None:
+    for name, value in {"student": student, "teacher": teacher, "latent": latent}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}_channels={value}: needs at least 1")
+    if dims not in range(4):
+        raise UserError(f"spatial_dims={dims}: 0 (vectors), 1 (sequences), 2 (maps) or 3 (volumes)")
+    if dims == 0 and latent is not None:
+        raise UserError(f"latent_channels={latent}: vectors (spatial_dims=0) have no autoencoder")
+
+
+def _check_process(steps: int, timesteps: int, start: int, distance: str, temperature: float) -> None:
+    if steps < 1:
+        raise UserError(f"num_steps={steps}: needs at least 1")
+    if not steps <= start <= timesteps:
+        raise UserError(f"start_timestep={start}: between num_steps={steps} and train_timesteps={timesteps}")
+    if distance not in DISTANCES:
+        raise UserError(f"unknown distance '{distance}'{nearest(distance, DISTANCES)}")
+    if temperature <= 0:
+        raise UserError(f"temperature={temperature}: needs more than 0")

@@ -1,0 +1,535 @@
+"""Picture files: every format and layout, corrupt ones, other libraries' data sets."""
+
+import pickle
+import random
+import struct
+import sys
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffkd.data.base import Loader, builder
+from diffkd.errors import UserError
+from diffkd.picture_files import ENDINGS, Erase, PictureOptions, decode
+
+RED, GREEN = (250, 10, 10), (10, 250, 10)
+
+
+def paint(path, colour=RED, size=(12, 10), mode="RGB", **save):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", size, colour)
+    picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+    picture.save(path, **save)
+    return path
+
+
+def tree(root, *, classes=("cat", "dog"), count=4, colours=(RED, GREEN)):
+    for name, colour in zip(classes, colours, strict=False):
+        for i in range(count):
+            paint(root / name / f"{i}.png", colour)
+    return root
+
+
+def build(root, name="folder", **options):
+    return builder(name)(str(root), **{"image_size": 8, **options})
+
+
+def error(root, name="folder", **options):
+    with pytest.raises(UserError) as caught:
+        build(root, name, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# decoding
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "save"),
+    [
+        ("a.jpg", "RGB", {"quality": 100, "subsampling": 0}),
+        ("a.jpg", "CMYK", {"quality": 100, "subsampling": 0}),
+        ("a.png", "P", {}),
+        ("a.png", "P", {"transparency": b"\x00\x80"}),
+        ("a.png", "RGBA", {}),
+        ("a.webp", "RGB", {"lossless": True}),
+        ("a.tif", "RGB", {}),
+        ("a.bmp", "RGB", {}),
+        ("a.gif", "P", {}),
+    ],
+)
+def test_colour_survives_every_format(tmp_path, name, mode, save):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = decode(paint(tmp_path / name, mode=mode, **save), "a")
+    assert (picture.mode, picture.size) == ("RGB", (12, 10))
+    assert np.allclose(np.asarray(picture), RED, atol=2)
+
+
+@pytest.mark.parametrize(("mode", "value", "grey"), [("L", 200, 200), ("1", 255, 255), ("LA", (90, 7), 90)])
+def test_grey_pictures_become_rgb(tmp_path, mode, value, grey):
+    Image.new(mode, (4, 3), value).save(tmp_path / "a.png")
+    assert (np.asarray(decode(tmp_path / "a.png", "a")) == grey).all()
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, ending):
+    values = np.array([[0, 255, 256], [32768, 40000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{ending}")
+    assert np.array_equal(np.asarray(decode(tmp_path / f"a.{ending}", "a"))[..., 1], values >> 8)
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    picture = Image.new("RGB", (12, 10), RED)
+    picture.paste(GREEN, (0, 0, 12, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=100)
+    upright = np.asarray(decode(tmp_path / "a.jpg", "a"))
+    assert upright.shape == (12, 10, 3)
+    assert upright[:, -1, 1].min() > 200 > upright[:, 0, 1].max()
+
+
+def damaged(folder):
+    """Files that are no pictures, each with a word of the error."""
+    good = paint(folder / "good.png", size=(64, 64)).read_bytes()
+    photo = paint(folder / "good.jpg", size=(64, 64)).read_bytes()
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(folder / "float.tif")
+    yield folder / "float.tif", "floating-point"
+    for name, content, word in [
+        ("empty.jpg", b"", "0 bytes"),
+        ("text.png", b"no picture at all", "no picture"),
+        ("short.jpg", photo[:-40], "truncated"),
+        ("short.png", good[:60], "truncated"),
+        ("broken.png", good[:40] + b"\xff" * 20 + good[60:], "broken"),
+    ]:
+        (folder / name).write_bytes(content)
+        yield folder / name, word
+    yield folder / "missing.jpg", "No such file"
+
+
+def test_unreadable_files_are_named(tmp_path):
+    for path, word in damaged(tmp_path):
+        with pytest.raises(UserError, match=word) as caught:
+            decode(path, str(path))
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_large_photos_are_decoded_at_a_fraction_that_is_large_enough(tmp_path):
+    photo = paint(tmp_path / "a.jpg", size=(1600, 1000))
+    assert decode(photo, "a", at_least=240).size == (400, 250)
+    assert decode(photo, "a", at_least=600).size == (1600, 1000)
+    assert decode(photo, "a").size == (1600, 1000)
+
+
+# augmentation
+
+
+def view(transform, picture, seed=0):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    return transform(picture)
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        "none",
+        "crop",
+        "light",
+        "trivial",
+        "randaugment",
+        "autoaugment",
+        "rand-m9-mstd0.5-inc1",
+        "v0-mstd0.5",
+        "3a",
+    ],
+)
+def test_augmentations_are_random_repeatable_and_go_to_other_processes(augment):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    transform = PictureOptions(image_size=16, augment=augment, random_erasing=0.5).train_transform()
+    views = [view(transform, picture, seed) for seed in range(6)]
+    assert all(v.shape == (3, 16, 16) and v.dtype == torch.uint8 for v in views)
+    again = [view(pickle.loads(pickle.dumps(transform)), picture, seed) for seed in range(6)]
+    assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
+    assert any(not torch.equal(views[0], v) for v in views[1:]) == (augment != "none")
+
+
+def test_test_pictures_show_the_centre():
+    picture = Image.new("RGB", (40, 20), RED)
+    picture.paste(GREEN, (15, 5, 25, 15))
+    centre = PictureOptions(image_size=10, crop_fraction=0.5).test_transform()(picture)
+    assert (centre[:, 2:-2, 2:-2] == torch.tensor(GREEN, dtype=torch.uint8).view(3, 1, 1)).all()
+    assert PictureOptions(image_size=10, crop_fraction=1.0).test_transform()(picture)[0, 0, 0] == RED[0]
+
+
+def test_erasing_is_as_frequent_and_as_large_as_said():
+    torch.manual_seed(0)
+    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    erase = Erase(0.25, scale=(0.1, 0.2))
+    shares = [(erase(picture) > 0).any(0).float().mean().item() for _ in range(400)]
+    hit = [share for share in shares if share]
+    assert 70 < len(hit) < 130
+    assert min(hit) > 0.07
+    assert max(hit) < 0.23
+    assert not picture.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"augment": "randaugmnet"}, "did you mean 'randaugment'"),
+        ({"augment": "rand-foo"}, "data.augment 'rand-foo'"),
+        ({"image_size": 0}, "data.image_size=0"),
+        ({"random_erasing": 1.5}, "data.random_erasing=1.5"),
+        ({"min_scale": 0.0}, "data.min_scale=0.0"),
+        ({"max_corrupt": -1}, "data.max_corrupt=-1"),
+    ],
+)
+def test_options_out_of_range_are_named(options, words):
+    with pytest.raises(UserError, match=words):
+        PictureOptions(**options)
+
+
+# folders
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_split_folders(tmp_path, name):
+    tree(tmp_path / "train")
+    tree(tmp_path / name, count=2)
+    data = build(tmp_path)
+    assert (len(data.train), len(data.test), data.num_classes, data.image_shape) == (8, 4, 2, (3, 8, 8))
+    assert (data.class_names, data.notes) == (("cat", "dog"), ())
+    assert [target for _, target in (data.test[i] for i in range(4))] == [0, 0, 1, 1]
+    batch = next(Loader(data.train, 8, shuffle=True).epoch())
+    assert (batch.images.shape, batch.images.dtype) == ((8, 3, 8, 8), torch.uint8)
+    assert torch.equal(batch.images[:, 1, 4, 4] > 128, batch.targets == 1)
+
+
+def test_class_folders_alone_are_split_by_class_the_same_way_each_time(tmp_path):
+    tree(tmp_path, count=10)
+    paint(tmp_path / "cat" / "deep" / "UPPER.JPEG")
+    paint(tmp_path / "cat" / ".hidden.png")
+    (tmp_path / "cat" / "notes.txt").touch()
+    data, again = build(tmp_path, val_fraction=0.2), build(tmp_path, val_fraction=0.2)
+    assert (len(data.train), len(data.test)) == (17, 4)
+    assert [data.test[i][1] for i in range(4)] == [0, 0, 1, 1]
+    assert np.array_equal(data.test.source.places, again.test.source.places)
+    assert "4 of its 21 pictures" in data.notes[0]
+
+
+def test_a_choice_of_test_folders_is_told(tmp_path):
+    tree(tmp_path / "train")
+    tree(tmp_path / "test", count=1)
+    tree(tmp_path / "val", count=2)
+    data = build(tmp_path)
+    assert len(data.test) == 4
+    assert "'test'" in data.notes[0]
+    assert len(build(tmp_path, test_folder="test").test) == 2
+    assert "data.test_folder='x'" in error(tmp_path, test_folder="x")
+
+
+def test_unlabelled_pictures(tmp_path):
+    for i in range(6):
+        paint(tmp_path / f"{i}.png")
+    data = build(tmp_path, labels="none", num_classes=5, val_fraction=0.5)
+    assert (len(data.train), data.num_classes) == (3, 5)
+    batch = next(Loader(data.train, 3, shuffle=True).epoch())
+    assert batch.images.shape == (3, 3, 8, 8)
+    assert batch.targets is None
+    assert "data.num_classes=K" in error(tmp_path, labels="none")
+    assert "pictures but no class folders" in error(tmp_path)
+
+
+def test_unlabelled_training_pictures_are_tested_on_labelled_ones(tmp_path):
+    tree(tmp_path / "train", classes=("2023",))
+    tree(tmp_path / "val")
+    data = build(tmp_path, labels="none")
+    assert isinstance(data.train[0], torch.Tensor)
+    assert data.test[7][1] == 1
+    assert data.class_names == ("cat", "dog")
+    assert "data.num_classes=3" in error(tmp_path, labels="none", num_classes=3)
+
+
+def test_folders_that_do_not_fit_are_named(tmp_path):
+    assert "no pictures" in error(tmp_path)
+    assert "no pictures" in error(tmp_path, labels="none")
+    tree(tmp_path / "val", classes=("cat", "cow", "emu"), colours=(RED, RED, RED))
+    assert "none named 'train'" in error(tmp_path)
+    tree(tmp_path / "train")
+    message = error(tmp_path)
+    assert "lacks 'dog'" in message
+    assert "has also 'cow', 'emu'" in message
+    (tmp_path / "train" / "ant").mkdir()
+    assert "'ant'" in error(tmp_path)
+
+
+# corrupt pictures
+
+
+def test_corrupt_pictures_are_named_skipped_and_counted_once_each(tmp_path):
+    tree(tmp_path / "train")
+    tree(tmp_path / "val")
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"")
+    (tmp_path / "train" / "dog" / "3.png").write_bytes(b"no picture")
+    train = build(tmp_path, max_corrupt=2, augment="none").train
+    with pytest.warns(UserWarning, match="skipped") as told:
+        epoch = [train[i] for i in range(8)]
+    assert [str(w.message).split("'")[1][-9:] for w in told] == ["cat/1.png", "dog/3.png"]
+    assert torch.equal(epoch[1][0], epoch[2][0])
+    assert epoch[7][1] == 0  # the next readable one is the first of all
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len([train[i] for i in range(8)]) == 8
+    train = build(tmp_path, max_corrupt=1).train
+    with pytest.warns(UserWarning, match="1 of at most 1"):
+        _ = train[1]
+    with pytest.raises(UserError, match=r"dog/3\.png.*max_corrupt=2"):
+        _ = train[7]
+
+
+@pytest.mark.filterwarnings("ignore:cannot read")
+def test_a_folder_of_nothing_but_corrupt_pictures_ends(tmp_path):
+    tree(tmp_path / "train")
+    tree(tmp_path / "val")
+    for path in (tmp_path / "train").glob("*/*"):
+        path.write_bytes(b"")
+    train = build(tmp_path, max_corrupt=99).train
+    with pytest.raises(UserError, match="not one"):
+        _ = train[0]
+
+
+@pytest.mark.filterwarnings("ignore:cannot read")
+def test_processes_give_the_same_batches_count_corrupt_files_together_and_report_in_one_line(tmp_path):
+    tree(tmp_path / "train", count=8)
+    tree(tmp_path / "val")
+    data = build(tmp_path, augment="randaugment")
+    alone, together = (
+        [b.images for b in Loader(data.train, 4, shuffle=True, workers=w).epoch(1)] for w in (0, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    for name in ("cat/1.png", "cat/2.png"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    train = build(tmp_path, max_corrupt=1).train
+    with pytest.raises(UserError, match=r"^cannot read picture '.*png'.*") as caught:
+        list(Loader(train, 1, shuffle=True, workers=2).epoch())
+    assert "\n" not in str(caught.value)
+
+
+# lists
+
+
+def write_csv(path, *rows, header="path,label"):
+    path.write_text("\n".join([header, *rows]) + "\n")
+
+
+def test_lists_with_names_of_classes(tmp_path):
+    tree(tmp_path / "images")
+    write_csv(tmp_path / "train.csv", "images/dog/0.png,dog", "images/cat/0.png,cat", "images/cat/1.png,cat")
+    write_csv(tmp_path / "test.csv", "images/dog/1.png,dog")
+    data = build(tmp_path, "table")
+    assert (len(data.train), data.num_classes, data.class_names) == (3, 2, ("cat", "dog"))
+    assert [data.train[i][1] for i in range(3)] == [1, 0, 0]
+    image, target = data.test[0]
+    assert target == 1
+    assert image[1, 4, 4] == GREEN[1]
+
+
+def test_lists_with_class_indices_other_columns_and_a_held_out_share(tmp_path):
+    tree(tmp_path, count=10)
+    rows = [
+        f"x,{tmp_path}/{name}/{i}.png,{label}" for name, label in (("cat", 0), ("dog", 4)) for i in range(10)
+    ]
+    write_csv(tmp_path / "train.csv", *rows, header="id,file,kind")
+    data = build(tmp_path, "table", path_column="file", label_column="kind")
+    assert (len(data.test), data.num_classes, data.class_names) == (2, 5, ())
+    assert [data.test[i][1] for i in range(2)] == [0, 4]
+    assert "2 of its 20" in data.notes[0]
+    unlabelled = build(tmp_path, "table", path_column="file", labels="none", num_classes=9)
+    assert isinstance(unlabelled.train[0], torch.Tensor)
+    assert unlabelled.num_classes == 9
+
+
+def test_lists_that_do_not_fit_are_named(tmp_path):
+    tree(tmp_path)
+    assert "no file" in error(tmp_path, "table")
+    good = ["cat/0.png,1", "dog/0.png,0"]
+    for rows, header, options, words in [
+        (["cat/0.png,1"], "path,lable", {}, "no column 'label'; did you mean 'lable'"),
+        ([], "path,label", {}, "lists no pictures"),
+        (["cat/0.png,"], "path,label", {}, "no label in row 2"),
+        ([*good, "cat/99.png,0"], "path,label", {}, "'cat/99.png'"),
+        ([*good, "cat/1.png,-1"], "path,label", {}, "label '-1' in row 4"),
+        (good, "path,label", {"num_classes": 1}, "label '1' in row 2"),
+        (["cat/0.png,cat"], "path,label", {"num_classes": 3}, "data.num_classes=3"),
+    ]:
+        write_csv(tmp_path / "train.csv", *rows, header=header)
+        message = error(tmp_path, "table", **options)
+        assert words in message
+        assert "train.csv" in message or "num_classes" in message
+    write_csv(tmp_path / "train.csv", "cat/0.png,cat", "dog/0.png,dog")
+    write_csv(tmp_path / "test.csv", "dog/1.png,cow")
+    assert "label 'cow' in row 2" in error(tmp_path, "table")
+    (tmp_path / "train.csv").write_bytes(b"path,label\n\xff\xfe,\x00")
+    assert "cannot read" in error(tmp_path, "table")
+
+
+# torchvision
+
+
+def test_torchvision_sets_with_splits(tmp_path):
+    from torchvision import datasets
+
+    for split in ("train", "t10k"):
+        folder = tmp_path / "FashionMNIST" / "raw"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((3, 28, 28), 77, np.uint8)
+        shape = struct.pack(">4i", 0x803, 3, 28, 28)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(shape + pixels.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 3) + bytes([0, 5, 9]))
+    data = build(tmp_path, "torchvision", dataset="FashionMNIST", augment="crop")
+    assert (len(data.train), data.num_classes, data.class_names[9]) == (3, 10, "Ankle boot")
+    image, target = data.test[1]
+    assert target == 5
+    assert (image == 77).all()
+    assert data.class_names == tuple(datasets.FashionMNIST.classes)
+
+
+def test_torchvision_sets_without_splits(tmp_path):
+    tree(tmp_path / "eurosat" / "2750", count=10)
+    data = build(tmp_path, "torchvision", dataset="EuroSAT", val_fraction=0.2)
+    assert (len(data.train), len(data.test), data.class_names) == (16, 4, ("cat", "dog"))
+    assert [data.test[i][1] for i in range(4)] == [0, 0, 1, 1]
+    (tmp_path / "eurosat" / "2750" / "cat" / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match="EuroSAT"):
+        _ = [split[i] for split in (data.train, data.test) for i in range(len(split))]
+
+
+def test_torchvision_sets_that_are_not_there(tmp_path):
+    assert "did you mean 'Food101'" in error(tmp_path, "torchvision", dataset="Food-101")
+    assert str(tmp_path) in error(tmp_path, "torchvision", dataset="Food101")
+
+
+def test_every_torchvision_set_that_is_offered_exists():
+    import inspect
+
+    from torchvision import datasets
+
+    from diffkd.data.torchvision import _SPLITS
+
+    for name, splits in _SPLITS.items():
+        takes = inspect.signature(getattr(datasets, name)).parameters
+        keyword = "train" if splits and isinstance(splits[0], bool) else "split"
+        assert (keyword in takes) == (splits is not None), name
+
+
+# Hugging Face
+
+
+class Rows:
+    """As much of a data set of the `datasets` library as is used."""
+
+    def __init__(self, columns, features):
+        self.columns, self.features = columns, features
+
+    def cast_column(self, column, feature):
+        assert not feature.decode
+        return self
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key):
+        return self.columns[key] if isinstance(key, str) else {k: v[key] for k, v in self.columns.items()}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the `datasets` library; a dict of the splits that it gives."""
+
+    class ClassLabel:
+        names = ("cat", "dog")
+
+    class Image:
+        def __init__(self, decode=True):
+            self.decode = decode
+
+    pictures = [paint(tmp_path / f"{i}.png", colour) for i, colour in enumerate((RED, GREEN))]
+    stored = [{"bytes": pictures[0].read_bytes(), "path": None}, {"bytes": None, "path": str(pictures[1])}]
+    features = {"photo": Image(), "kind": ClassLabel(), "id": object()}
+
+    def rows(labels):
+        return Rows({"photo": [stored[y] for y in labels], "kind": labels, "id": labels}, features)
+
+    splits = {"train": rows([0, 1, 1, 0]), "validation": rows([1, 0]), "odd": rows([-1])}
+
+    def load_dataset(name, subset, cache_dir=None):
+        if name != "me/pets":
+            raise FileNotFoundError(f"no {name}\non the Hub")
+        return splits
+
+    library = types.ModuleType("datasets")
+    library.load_dataset, library.Image = load_dataset, Image
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    return splits
+
+
+def hugging(**options):
+    return builder("huggingface")(None, **{"dataset": "me/pets", "image_size": 8, **options})
+
+
+def test_hugging_face_sets(hub):
+    data = hugging()
+    assert (len(data.train), len(data.test), data.num_classes, data.class_names) == (4, 2, 2, ("cat", "dog"))
+    image, target = data.test[0]
+    assert target == 1
+    assert image[1, 4, 4] == GREEN[1]
+    unlabelled = hugging(labels="none")
+    assert isinstance(unlabelled.train[0], torch.Tensor)
+    assert unlabelled.test[0][1] == 1
+    del hub["validation"]
+    assert len(hugging(val_fraction=0.5).test) == 2
+
+
+def test_hugging_face_sets_that_do_not_fit(hub, monkeypatch):
+    for options, words in [
+        ({"dataset": "me/birds"}, "'me/birds' cannot be loaded: no me/birds"),
+        ({"dataset": None}, "data.dataset=NAME"),
+        ({"train_split": "trian"}, "did you mean 'train'"),
+        ({"test_split": "exam"}, "no split 'exam'"),
+        ({"test_split": "odd"}, "no class indices"),
+        ({"image_column": "foto"}, "did you mean 'photo'"),
+        ({"num_classes": 3}, "there are 2 classes"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            hugging(**options)
+    hub["train"].features = {"photo": None, "kind": None}
+    with pytest.raises(UserError, match=r"data\.image_column= one of photo, kind"):
+        hugging()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'diffkd\[huggingface\]'"):
+        hugging()
+
+
+def test_hugging_face_library_itself(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    tree(tmp_path / "photos" / "train")
+    tree(tmp_path / "photos" / "test", count=2)
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    data = builder("huggingface")(str(tmp_path / "photos"), image_size=8)
+    assert (len(data.train), len(data.test), data.class_names) == (8, 4, ("cat", "dog"))
+    batch = next(Loader(data.train, 8, shuffle=True).epoch())
+    assert torch.equal(batch.images[:, 1, 4, 4] > 128, batch.targets == 1)
+
+
+def test_endings_are_those_of_formats_that_can_be_read():
+    Image.init()
+    assert set(ENDINGS) <= set(Image.registered_extensions())
