@@ -17,7 +17,7 @@ student: {model: simple/cnn4}
 method: {diffkd: {num_steps: 2}}
 optimizer: {name: sgd, lr: 0.02, momentum: 0.9, weight_decay: 5.0e-4}
 schedule: {name: cosine}
-trainer: {epochs: 2, accelerator: cpu, log_every: 1}
+trainer: {epochs: 2, accelerator: cpu, log_every: 1, threads: 1}
 seed: 0
 """
 
@@ -26,7 +26,7 @@ seed: 0
 def _quiet_machine(monkeypatch, tmp_path_factory):
     """Nothing of the person's own cache is read or written, and two tests do not fight for cores."""
     monkeypatch.setenv("DIFFKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

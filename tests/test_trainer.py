@@ -19,7 +19,7 @@ from diffkd.trainer import fit
 
 
 def run(tiny, output, *overrides):
-    return fit(load(str(tiny), [f"output={output}", *overrides]), Reporter(active=False))
+    return fit(load(str(tiny), [f"output={output}", *overrides]), Reporter(quiet=True))
 
 
 def weights(folder):
@@ -52,10 +52,8 @@ def test_run_folder_holds_what_it_promises(tiny, tmp_path):
     assert summary["last"]["top1"] == history[-1]["top1"]
     assert summary["best"]["top1"] == max(row["top1"] for row in history)
     assert json.loads((folder.path / "student/config.json").read_text())["model"] == "simple/cnn4"
-    again = load(str(folder.recipe_file))
-    assert again.model_dump(exclude={"name"}) == load(str(tiny), [f"output={folder.path}"]).model_dump(
-        exclude={"name"}
-    )
+    again, wanted = load(str(folder.recipe_file)), load(str(tiny))
+    assert again.model_dump(exclude={"name"}) == wanted.model_dump(exclude={"name"})
 
 
 def test_shipped_student_is_the_plain_model(tiny, tmp_path):
@@ -123,10 +121,10 @@ def test_damaged_newest_checkpoint_is_set_aside(tiny, tmp_path):
     content[len(content) // 2] ^= 0xFF
     newest.write_bytes(content)
     said = []
-    reporter = Reporter(active=False)
+    reporter = Reporter(quiet=True)
     reporter.warn = said.append
     fit(load(str(tiny), [f"output={folder.path}", "resume=true", *words]), reporter)
-    assert "is damaged" in said[0]
+    assert any("is damaged" in line for line in said)
     assert same(weights(undisturbed), weights(folder))
 
 
@@ -202,7 +200,7 @@ def test_teacher_is_made_once_and_kept(tiny, tmp_path, monkeypatch):
 
 def test_untrained_teacher_is_told_of(tiny, tmp_path):
     said = []
-    reporter = Reporter(active=False)
+    reporter = Reporter(quiet=True)
     reporter.warn = said.append
     fit(load(str(tiny), [f"output={tmp_path / 'a'}"]), reporter)
     assert any("teacher 'simple/cnn8' looks untrained" in line for line in said)
@@ -213,13 +211,13 @@ def test_untrained_teacher_is_told_of(tiny, tmp_path):
     [
         ("trainer.precision=bf16",),
         ("trainer.channels_last=true",),
-        ("trainer.clip_grad_norm=0.1", "schedule={name: poly, warmup_epochs: 1}"),
+        ("trainer.clip_grad_norm=1", "schedule={name: poly, warmup_epochs: 1}"),
         ("optimizer={name: adamw, lr: 0.002}", "trainer.ema=0.5"),
         ("trainer.accumulate=2", "trainer.max_steps=3"),
     ],
 )
 def test_every_way_to_train_learns(tiny, tmp_path, words):
-    folder = run(tiny, tmp_path / "a", "data.batch_size=64", "method=none", *words)
+    folder = run(tiny, tmp_path / "a", "data.batch_size=64", "method=none", "trainer.epochs=6", *words)
     rows = folder.read_history()
     assert all(row["loss"] > 0 for row in rows)
     if "trainer.max_steps=3" in words:

@@ -19,27 +19,23 @@ from rich.progress import (
 class Reporter:
     """Says things to the person at the terminal and to the run's log.
 
-    The progress bar shows only where standard error is a terminal. Notes and warnings are said always,
-    except by processes other than the first.
+    The progress bar shows only where standard error is a terminal.
 
     Args:
-        active: False silences it (processes other than the first).
+        active: False silences it altogether (processes other than the first).
         progress: False hides the bar.
+        quiet: True says things to the log alone.
     """
 
-    def __init__(self, *, active: bool = True, progress: bool = True) -> None:
-        self.active = active
-        self.quiet = False
+    def __init__(self, *, active: bool = True, progress: bool = True, quiet: bool = False) -> None:
+        self.active, self.quiet = active, quiet
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.log: Callable[[str], None] | None = None
         self._bar = active and progress and sys.stderr.isatty()
 
     def note(self, line: str) -> None:
         """Says a line, and writes it to the log."""
-        if self.quiet:
-            self.record(line)
-        else:
-            self._say(line, None)
+        self._say(line, None)
 
     def warn(self, line: str) -> None:
         """Says that something looks wrong."""
@@ -48,7 +44,8 @@ class Reporter:
     def _say(self, line: str, style: str | None) -> None:
         if not self.active:
             return
-        self.console.print(line, style=style, markup=False)
+        if not self.quiet:
+            self.console.print(line, style=style, markup=False)
         if self.log is not None:
             self.log(line)
 
@@ -59,8 +56,8 @@ class Reporter:
 
     def silent(self) -> "Reporter":
         """Another reporter with the same bar, whose notes go to its log alone."""
-        other = Reporter(active=self.active)
-        other._bar, other.quiet = self._bar, True
+        other = Reporter(active=self.active, quiet=True)
+        other._bar = self._bar
         return other
 
     def bar(self, total: int, done: int = 0, what: str = "") -> "ProgressBar":
@@ -99,9 +96,9 @@ class ProgressBar:
         if self._progress is not None:
             self._progress.stop()
 
-    def step(self, images: int) -> None:
-        """One step done on so many images."""
-        self._done += 1
+    def step(self, steps: int, images: int) -> None:
+        """So many steps done, on so many images."""
+        self._done += steps
         self._images += images
 
     def show(self, what: str, losses: Mapping[str, float]) -> None:

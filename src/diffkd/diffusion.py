@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def alpha_bars(timesteps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
-    """`alpha_bar_t = prod(1 - beta)` of the linear schedule, `(timesteps,)` in float64.
+    """`alpha_bar_t = prod(1 - beta)` of the linear schedule, `(timesteps,)` in float64 on the CPU.
 
     >>> alpha_bars(1000)[[0, 999]]
     tensor([9.9990e-01, 4.0358e-05], dtype=torch.float64)
     """
-    betas = torch.linspace(first, last, timesteps, dtype=torch.float64)
+    betas = torch.linspace(first, last, timesteps, dtype=torch.float64, device="cpu")
     return torch.cumprod(1 - betas, 0)
 
 

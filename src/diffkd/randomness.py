@@ -1,10 +1,13 @@
 """One seed for everything, and the random generators' states as plain values."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def mix(*numbers: int) -> int:
@@ -33,19 +36,44 @@ def random_state(device: torch.device) -> dict[str, Any]:
     """The states of all generators, as values that a checkpoint may hold."""
     numpy = np.random.get_state(legacy=True)
     return {
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "torch": _bytes(torch.get_rng_state()),
+        "device": _bytes(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
         "python": random.getstate(),
-        "numpy": [str(numpy[0]), torch.from_numpy(np.array(numpy[1])), *map(float, numpy[2:])],
+        "numpy": [str(numpy[0]), numpy[1].tobytes(), *map(float, numpy[2:])],
     }
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Puts all generators back to where `random_state` found them."""
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(_tensor(state["torch"]))
     if state["device"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["device"], device)
+        torch.cuda.set_rng_state(_tensor(state["device"]), device)
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy(), int(position), int(has_gauss), cached))
+    words = np.frombuffer(keys, dtype=np.uint32)
+    np.random.set_state((kind, words, int(position), int(has_gauss), cached))
+
+
+def _bytes(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _tensor(state: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Runs with that many CPU threads; None leaves it to PyTorch.
+
+    >>> with cpu_threads(1):
+    ...     torch.get_num_threads()
+    1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -93,7 +93,7 @@ class AdamW(Optimizer):
     name: Literal["adamw"] = "adamw"
     lr: Positive = 1e-3
     weight_decay: NotNegative = 0.01
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
 
 
 class Schedule(Section):
@@ -149,6 +149,7 @@ class TrainerRecipe(Section):
     Attributes:
         ema: decay of the averaged student, which is then what is evaluated and shipped.
         save_every: optimizer steps between checkpoints within an epoch; one is always written at its end.
+        threads: CPU threads; small models are faster with 1, and the same number gives the same bits.
         max_steps: stops after so many optimizer steps, for a trial.
     """
 
@@ -166,6 +167,7 @@ class TrainerRecipe(Section):
     log_every: Count = 10
     save_every: Count | None = None
     max_steps: Count | None = None
+    threads: Count | None = None
     progress: bool = True
 
 

@@ -25,7 +25,7 @@ from diffkd.interrupt import InterruptedRunError, StopRequest
 from diffkd.meter import Meter, Place
 from diffkd.optim import build_optimizer, lr_factor, set_lr
 from diffkd.places import cache_folder, check_cache, check_folder
-from diffkd.randomness import random_state, seed_everything, set_random_state
+from diffkd.randomness import cpu_threads, random_state, seed_everything, set_random_state
 from diffkd.recipe import Recipe, cache_key, dump
 from diffkd.run import History, RunFolder, load_checkpoint, resume_hint
 from diffkd.weights import load_weights
@@ -386,8 +386,9 @@ def fit(recipe: Recipe, reporter: Reporter | None = None) -> RunFolder:
     reporter = reporter or Reporter(progress=recipe.trainer.progress)
     fabric = make_fabric(recipe)
     fabric.launch()
-    reporter.active = fabric.is_global_zero
-    return _fit(recipe, fabric, reporter)
+    reporter.active = reporter.active and fabric.is_global_zero
+    with cpu_threads(recipe.trainer.threads):
+        return _fit(recipe, fabric, reporter)
 
 
 def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:

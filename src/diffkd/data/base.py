@@ -161,7 +161,7 @@ class Loader:
         self._plan.chunks = [[(i, mix(self.seed, number, i)) for i in c.tolist()] for c in chunks]
         for batch in self._workers:
             if isinstance(batch, UserError):
-                raise batch
+                raise UserError(str(batch))  # a new one: the frame must not hold what holds the frame
             yield _to_device(batch, self.device)
 
     def _share(self, epoch: int) -> Tensor:

@@ -111,5 +111,8 @@ class _Pictures:
 
     def targets(self) -> np.ndarray | None:
         """Class index of each picture, where it is known without reading them."""
-        known = (getattr(self.dataset, name, None) for name in ("targets", "labels", "_labels", "y"))
-        return next((np.asarray(values) for values in known if values is not None), None)
+        for name in ("targets", "labels", "_labels", "y"):
+            if hasattr(self.dataset, name):
+                return np.asarray(getattr(self.dataset, name))
+        samples = getattr(self.dataset, "_samples", None)
+        return None if samples is None else np.array([target for _, target in samples])

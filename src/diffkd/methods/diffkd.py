@@ -96,7 +96,7 @@ class DiffKD(nn.Module):
         self.denoiser = Denoiser(spatial_dims, width, train_timesteps)
         self.noise_matcher = NoiseMatcher(spatial_dims, width)
         self.projection = nn.Sequential(_conv(spatial_dims, width, width), _norm(spatial_dims, width))
-        self._schedule(torch.device("cpu"), torch.float32)
+        self._schedule()
         steps = ddim_timesteps(num_steps, start_timestep)
         alphas = [*alpha_bars(train_timesteps)[steps].tolist(), 1.0]
         self.ddim = list(zip(steps, alphas[:-1], alphas[1:], strict=True))
@@ -194,16 +194,17 @@ class DiffKD(nn.Module):
             axes = ", ".join(["B", str(channels), *("D", "H", "W")[3 - self.spatial_dims :]])
             raise UserError(f"the {side}'s feature is {tuple(feature.shape)}; DiffKD was made for ({axes})")
 
-    def _schedule(self, device: torch.device, dtype: torch.dtype) -> None:
+    def _schedule(self) -> None:
+        """Puts the schedule where the weights are."""
+        weight = self.denoiser.embedding.weight
         # Half precision cannot tell the schedule's ends apart: it stays in float32 at least.
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        schedule = alpha_bars(self.train_timesteps).to(precise).to(device)
+        precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        schedule = alpha_bars(self.train_timesteps).to(precise).to(weight.device)
         self.register_buffer("alpha_bars", schedule, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffKD":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        weight = self.denoiser.embedding.weight
-        self._schedule(weight.device, weight.dtype)
+        self._schedule()
         return self
 
 

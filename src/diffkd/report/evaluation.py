@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from diffkd.assembly import assemble, evaluate
+from diffkd.randomness import cpu_threads
 from diffkd.recipe import load
 from diffkd.report.summary import percent
 from diffkd.run import RunFolder
@@ -23,9 +24,9 @@ def evaluate_run(path: str) -> Iterator[str]:
     parts = assemble(recipe, with_teacher=False)
     parts.student.model.load_state_dict(weights)
     device = torch.device(summary["device"] if torch.cuda.is_available() else "cpu")
-    figures = evaluate(
-        parts.student.to(device), parts.task, parts.loader(parts.data.test, shuffle=False, device=device)
-    )
+    loader = parts.loader(parts.data.test, shuffle=False, device=device)
+    with cpu_threads(recipe.trainer.threads):
+        figures = evaluate(parts.student.to(device), parts.task, loader)
     for name, value in figures.items():
         recorded = summary["last"].get(name)
         agrees = "as recorded" if value == recorded else f"recorded: {recorded!r}"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -10,7 +11,9 @@ from diffkd.run import RunFolder
 
 
 def finish(folder: RunFolder) -> None:
-    """Draws the curves and prints the table, where a run has just ended."""
+    """Draws the curves and prints the table, where a run has just ended; the first process does."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
     summary = folder.read_summary()
     draw_curves(folder.read_history(), summary, folder.path / "curves.png")
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
