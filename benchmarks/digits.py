@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from diffkd.recipe import load
 
 from diffkd.console import Reporter
+from diffkd.recipe import load
 from diffkd.run import RunFolder
 from diffkd.trainer import fit
 

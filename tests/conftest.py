@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffkd.cli import main
+
 ROOT = Path(__file__).parents[1]
 
 # A recipe that trains in a second: a teacher with fresh weights, few steps.
@@ -50,12 +52,21 @@ def start(*words, cwd, **env):
 
 
 @pytest.fixture
-def diffkd(tmp_path):
+def diffkd(tmp_path, monkeypatch, capsys):
     """Runs a diffkd command in an empty folder; gives exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
 
     def run(*words, **env):
-        process = start(*words, cwd=tmp_path, **env)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["diffkd", *map(str, words)])
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        said = capsys.readouterr()
+        return status, said.out, said.err
 
     return run

@@ -2,14 +2,14 @@ import copy
 import functools
 import math
 
-import oracle_diffkd as oracle
 import pytest
 import torch
-from diffkd_cases import BATCH, CASES, DIMS, LATENT, POSITIONS, STUDENT, TEACHER, build, features, gradient
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import oracle_diffkd as oracle
 from diffkd import DiffKD
+from diffkd_cases import BATCH, CASES, DIMS, LATENT, POSITIONS, STUDENT, TEACHER, build, features, gradient
 
 
 class Draws(TorchFunctionMode):

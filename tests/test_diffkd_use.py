@@ -2,16 +2,16 @@ import copy
 import shutil
 import warnings
 
-import oracle_diffkd as oracle
 import pytest
 import torch
-from diffkd_cases import BATCH, CASES, DIMS, LATENT, POSITIONS, STUDENT, TEACHER, build, features, gradient
 from torch import nn
 
+import oracle_diffkd as oracle
 from diffkd import DiffKD
 from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.methods.base import Feature, Method, Pair, Setup, method_class
+from diffkd_cases import BATCH, CASES, DIMS, LATENT, POSITIONS, STUDENT, TEACHER, build, features, gradient
 
 
 @pytest.fixture(autouse=True)

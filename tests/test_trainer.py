@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from conftest import start
-from diffkd.recipe import load
 from safetensors.torch import load_file
 
+from conftest import start
 from diffkd.console import Reporter
 from diffkd.errors import UserError
+from diffkd.recipe import load
 from diffkd.run import RunFolder
 from diffkd.trainer import fit
 

@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassJaccardIndex
-from toy_parts import VOID, pad
 
 from diffkd import Method, Task
+from toy_parts import VOID, pad
 
 
 class Dense(Task):

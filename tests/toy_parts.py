@@ -28,7 +28,11 @@ class Scenes(torch.utils.data.Dataset):
 
 def scenes(root=None, *, count: int = 16) -> Data:
     return Data(
-        Scenes(count, 0), Scenes(8, 1), 2, (3, 16, 16), collate=lambda rows: Batch(*map(list, zip(*rows, strict=True)))
+        Scenes(count, 0),
+        Scenes(8, 1),
+        2,
+        (3, 16, 16),
+        collate=lambda rows: Batch(*map(list, zip(*rows, strict=True))),
     )
 
 

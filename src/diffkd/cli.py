@@ -1,12 +1,15 @@
 """The command line: parse, call, print. Heavy imports wait until a command needs them."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffkd import __version__
 from diffkd.errors import UserError
+
+if TYPE_CHECKING:
+    from diffkd.recipe import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -35,23 +38,19 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def distill(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Distil the recipe's teacher into its student."""
     from diffkd.recipe import load
-    from diffkd.report.summary import finish
-    from diffkd.trainer import fit
 
     wanted = load(recipe, overrides or [])
     if wanted.method and wanted.teacher is None:
         raise UserError(f"recipe '{recipe}' has no teacher; set teacher=..., or use: diffkd train {recipe}")
-    finish(fit(wanted))
+    _run(wanted)
 
 
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Train the recipe's student alone, without a teacher."""
     from diffkd.recipe import load
-    from diffkd.report.summary import finish
-    from diffkd.trainer import fit
 
-    finish(fit(load(recipe, [*(overrides or []), "method=none", "teacher=null"])))
+    _run(load(recipe, [*(overrides or []), "method=none", "teacher=null"]))
 
 
 @app.command()
@@ -67,9 +66,11 @@ def evaluate(run: Annotated[str, typer.Argument(metavar="RUN", help="A run folde
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Build everything and run one batch: what is tapped, what it costs, what learns."""
     from diffkd.recipe import load
+
+    wanted = load(recipe, overrides or [])
     from diffkd.report.check import check_recipe
 
-    check_recipe(load(recipe, overrides or []))
+    check_recipe(wanted)
 
 
 @app.command("list")
@@ -82,6 +83,14 @@ def list_(
 
     for line in listing(what, like):
         print(line)
+
+
+def _run(recipe: "Recipe") -> None:
+    # Imported now, not at the top: a mistake in the recipe has already shown, without a wait.
+    from diffkd.report.summary import finish
+    from diffkd.trainer import fit
+
+    finish(fit(recipe))
 
 
 def main() -> None:

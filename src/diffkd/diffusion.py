@@ -1,5 +1,7 @@
 """The noise schedule, adding noise, and the deterministic denoising step, as pure functions."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,8 @@ def ddim_step(noisy: Tensor, noise: Tensor, alpha_bar: float, alpha_bar_next: fl
         alpha_bar: at the present timestep.
         alpha_bar_next: at the next one; 1 where it is the last.
     """
-    clean = (noisy - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
-    return alpha_bar_next**0.5 * clean + (1 - alpha_bar_next) ** 0.5 * noise
+    clean = (noisy - math.sqrt(1 - alpha_bar) * noise) / math.sqrt(alpha_bar)
+    return math.sqrt(alpha_bar_next) * clean + math.sqrt(1 - alpha_bar_next) * noise
 
 
 def ddim_timesteps(num_steps: int, start: int) -> list[int]:

@@ -116,7 +116,7 @@ class Distiller(nn.Module):
         return {
             f"{name}.{key}": value
             for name, method in self.methods.items()
-            for key, value in method.figures.items()  # type: ignore[union-attr]
+            for key, value in method.figures.items()  # type: ignore[union-attr,operator]
         }
 
     def forward(self, batch: Any) -> Losses:
@@ -134,7 +134,8 @@ class Distiller(nn.Module):
         losses = Losses(self.run_student(batch))
         student_features = self._read(self._student_taps, "student") if self.pairs else {}
         for name, method in self.methods.items():
-            for key, value in method(student_features, teacher_features, batch).items():
+            named: dict[str, Tensor] = method(student_features, teacher_features, batch)
+            for key, value in named.items():
                 losses[f"{name}.{key}"] = value * self.weights[name]
         return losses
 

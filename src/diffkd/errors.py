@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -27,3 +28,16 @@ def nearest(word: str, choices: Iterable[str], limit: int = 3) -> str:
         return ""
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"; known: {shown}"
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in a user's words.
+
+    >>> kind_of([1]), kind_of("ten")
+    ('a list', "'ten'")
+    """
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return repr(value)

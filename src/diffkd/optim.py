@@ -13,7 +13,9 @@ def build_optimizer(recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter])
     """The optimizer of a recipe over all parameters that want gradients."""
     wanted = [p for p in parameters if p.requires_grad]
     if recipe.name == "adamw":
-        return AdamW(wanted, recipe.lr, betas=(recipe.betas[0], recipe.betas[1]), weight_decay=recipe.weight_decay)
+        return AdamW(
+            wanted, recipe.lr, betas=(recipe.betas[0], recipe.betas[1]), weight_decay=recipe.weight_decay
+        )
     return SGD(
         wanted,
         recipe.lr,

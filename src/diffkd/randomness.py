@@ -34,7 +34,7 @@ def seed_everything(*numbers: int) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of all generators, as values that a checkpoint may hold."""
-    numpy = np.random.get_state(legacy=True)
+    numpy: Any = np.random.get_state(legacy=True)
     return {
         "torch": _bytes(torch.get_rng_state()),
         "device": _bytes(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,

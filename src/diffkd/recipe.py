@@ -1,10 +1,9 @@
 """The typed description of one run: reading, merging, checking, writing."""
 
 import hashlib
-import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from diffkd.errors import UserError, nearest
-
-RECIPES = Path(__file__).parent / "recipes"
+from diffkd.recipe_errors import first_error
+from diffkd.recipe_files import read_layers
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -132,15 +131,6 @@ class PolySchedule(Schedule):
 
 OptimizerRecipe = Sgd | AdamW
 ScheduleRecipe = ConstantSchedule | StepSchedule | CosineSchedule | PolySchedule
-KINDS: dict[str, dict[str, type[Section]]] = {
-    "optimizer": {"sgd": Sgd, "adamw": AdamW},
-    "schedule": {
-        "constant": ConstantSchedule,
-        "step": StepSchedule,
-        "cosine": CosineSchedule,
-        "poly": PolySchedule,
-    },
-}
 
 
 class TrainerRecipe(Section):
@@ -176,8 +166,8 @@ class TeacherTraining(Section):
 
     epochs: Count | None = None
     batch_size: Count | None = None
-    optimizer: OptimizerRecipe | None = Field(None, discriminator="name")
-    schedule: ScheduleRecipe | None = Field(None, discriminator="name")
+    optimizer: OptimizerRecipe | None = Field(default=None, discriminator="name")
+    schedule: ScheduleRecipe | None = Field(default=None, discriminator="name")
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -241,9 +231,6 @@ class Recipe(Section):
         )
 
 
-# --- reading ---------------------------------------------------------------------------------------
-
-
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a built-in name or a YAML file, with `key=value` overrides.
 
@@ -256,30 +243,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     >>> load("digits", ["trainer.epochs=3", "method=none"]).trainer.epochs
     3
     """
-    place = find(name)
-    layers = [(str(place), layer) for layer in _read_chain(place)]
-    merged: dict[str, Any] = {}
-    for where, layer in layers:
-        merged = _merge(merged, _normalize(layer, where), replace=("method", "taps"))
-    for override in overrides:
-        key, value = _parse_override(override)
-        if key == "base":
-            raise UserError("command line: 'base' belongs in a file")
-        # A single key replaces a method; a dotted one changes an option of it.
-        replace = ("method", "taps") if "." not in key else ()
-        merged = _merge(merged, _normalize(_nest(key, value), "command line"), replace=replace)
-    merged["name"] = _short_name(name, place)
-    return _validate(merged, str(place) if not overrides else f"{place} with the command line")
-
-
-def builtin() -> dict[str, Path]:
-    """The recipes that come along, by name; files and folders that begin with `_` are bases."""
-    found = {}
-    for place in sorted(RECIPES.rglob("*.yaml")):
-        parts = place.relative_to(RECIPES).with_suffix("").parts
-        if not any(part.startswith("_") for part in parts):
-            found["/".join(parts)] = place
-    return found
+    content, place = read_layers(name, overrides)
+    return _validate(content, str(place) if not overrides else f"{place} with the command line")
 
 
 def dump(recipe: Recipe) -> str:
@@ -290,7 +255,8 @@ def dump(recipe: Recipe) -> str:
     0
     """
     content = recipe.model_dump(mode="json", exclude={"output", "resume"})
-    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110)
+    text: str = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110)
+    return text
 
 
 def cache_key(recipe: Recipe) -> str:
@@ -301,9 +267,7 @@ def cache_key(recipe: Recipe) -> str:
 
 def difference(one: Recipe, other: Recipe) -> str | None:
     """The first key in which two recipes would train different weights, with both values."""
-    pairs = zip(_flatten(_determining(one)), _flatten(_determining(other)), strict=False)
     ours, theirs = dict(_flatten(_determining(one))), dict(_flatten(_determining(other)))
-    del pairs
     for key in ours | theirs:
         if ours.get(key) != theirs.get(key):
             return f"{key} is {ours.get(key)} there and {theirs.get(key)} here"
@@ -311,7 +275,7 @@ def difference(one: Recipe, other: Recipe) -> str | None:
 
 
 # What may differ between two runs of the same weights.
-_INDIFFERENT = {
+_INDIFFERENT: Any = {
     "output": True,
     "resume": True,
     "data": {"workers", "eval_batch_size", "root"},
@@ -331,161 +295,12 @@ def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, content
 
 
-def find(name: str) -> Path:
-    """The file of a recipe: a built-in name, or a path.
-
-    Raises:
-        UserError: there is none.
-    """
-    known = builtin()
-    if name in known:
-        return known[name]
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise UserError(f"no recipe file '{name}'")
-        return Path(name)
-    raise UserError(f"unknown recipe '{name}'{nearest(name, known)} (a file's name ends in .yaml)")
-
-
-def _short_name(name: str, place: Path) -> str:
-    return name if name in builtin() else place.parent.name if place.name == "recipe.yaml" else place.stem
-
-
-def _read_chain(place: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
-    """The recipe and its bases, the lowest first."""
-    if place in below:
-        raise UserError(f"{place}: 'base' comes back to itself")
-    content = _read(place)
-    base = content.pop("base", None)
-    if base is None:
-        return [content]
-    return [*_read_chain(_find_base(str(base), place), (*below, place)), content]
-
-
-def _find_base(base: str, place: Path) -> Path:
-    for candidate in (place.parent / base, place.parent / f"{base}.yaml", RECIPES / f"{base}.yaml"):
-        if candidate.is_file():
-            return candidate.resolve()
-    raise UserError(f"{place}: base: unknown recipe '{base}'{nearest(base, builtin())}")
-
-
-def _read(place: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(place.read_text(), _Loader)
-    except OSError as error:
-        raise UserError(f"'{place}' cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{place}' is not a text file") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{place}{line}: not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{place}: a recipe is a mapping of keys, this is {_kind(content)}")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads `5e-4` as a number."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"command line: '{override}' is not key=value")
-    try:
-        return key, yaml.load(text, _Loader) if text else None
-    except yaml.YAMLError as error:
-        raise UserError(f"command line: {key}: '{text}' cannot be read") from error
-
-
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    """`a.b.c=v` as nested mappings; a method's name may itself hold dots (`my_losses.py:MyLoss`)."""
-    parts = re.split(r"\.(?!py:)(?![^.=]*:)", key)
-    for part in reversed(parts):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]
-
-
-# --- short forms and merging -----------------------------------------------------------------------
-
-_NAMED = {"task": "name", "data": "name", "optimizer": "name", "schedule": "name"}
-_NAMED |= {"teacher": "model", "student": "model"}
-# Keys that outlive a change of name.
-_GENERIC = {
-    "task": {"weight"},
-    "data": {"batch_size", "eval_batch_size", "workers"},
-    "optimizer": {"lr", "weight_decay"},
-    "schedule": {"warmup_epochs"},
-}
-
-
-def _normalize(layer: dict[str, Any], where: str) -> dict[str, Any]:
-    """A layer with every short form written out."""
-    layer = dict(layer)
-    for section, name in _NAMED.items():
-        if isinstance(layer.get(section), str):
-            layer[section] = {name: layer[section]}
-    if "method" in layer:
-        layer["method"] = _methods(layer["method"], where)
-    teacher = layer.get("teacher")
-    if isinstance(teacher, dict) and isinstance(teacher.get("train"), dict):
-        layer["teacher"] = {**teacher, "train": _normalize(teacher["train"], where)}
-    return layer
-
-
-def _methods(value: Any, where: str) -> dict[str, Any]:
-    """`diffkd`, `diffkd,kd`, `[diffkd, kd]`, `{diffkd: 0.5}` or the long form as the long form."""
-    if value in (None, "none", []):
-        return {}
-    if isinstance(value, str):
-        value = value.split(",")
-    if isinstance(value, list):
-        value = {str(name).strip(): {} for name in value}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: method: needs names, or names with weights, got {_kind(value)}")
-    long: dict[str, Any] = {}
-    for name, options in value.items():
-        number = isinstance(options, int | float) and not isinstance(options, bool)
-        long[name] = {"weight": options} if number else {} if options is None else options
-    return {name: options for name, options in long.items() if name != "none"}
-
-
-def _merge(old: dict[str, Any], new: dict[str, Any], replace: Sequence[str] = ()) -> dict[str, Any]:
-    """The new layer over the old."""
-    merged = dict(old)
-    for key, value in new.items():
-        before = merged.get(key)
-        if isinstance(before, dict) and isinstance(value, dict) and key not in replace:
-            merged[key] = _merge(_survivors(key, before, value), value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _survivors(section: str, before: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
-    """What stays of a section when its name or model changes."""
-    name = _NAMED.get(section)
-    if name is None or name not in value or value[name] == before.get(name):
-        return before
-    return {key: v for key, v in before.items() if key in _GENERIC.get(section, ())}
-
-
-# --- checking --------------------------------------------------------------------------------------
-
-
 def _validate(content: dict[str, Any], where: str) -> Recipe:
     _default_names(content)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_error(error, Recipe)}") from error
+        raise UserError(f"{where}: {first_error(error, Recipe)}") from error
 
 
 def _default_names(content: dict[str, Any]) -> None:
@@ -495,87 +310,6 @@ def _default_names(content: dict[str, Any]) -> None:
         for section, default in (("optimizer", "sgd"), ("schedule", "cosine")):
             if isinstance(owner, dict) and isinstance(owner.get(section), dict):
                 owner[section] = {"name": default, **owner[section]}
-
-
-def _first_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """The first of pydantic's errors as one line, in the recipe's own words."""
-    errors = error.errors()
-    first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
-    key = prefix + ".".join(str(part) for part in first["loc"] if not _is_branch(part))
-    more = len({str(e["loc"]) for e in errors}) - 1
-    return f"{key}: {_reason(first, model)}" + (f" (and {more} more)" if more else "")
-
-
-def _is_branch(part: Any) -> bool:
-    """Names that pydantic puts into a place for the branch of a union that it tried."""
-    return isinstance(part, str) and (part in _BRANCHES or "[" in part)
-
-
-_BRANCHES = {"sgd", "adamw", "constant", "step", "cosine", "poly"} | {"literal['auto']", "int", "float"}
-
-
-def _reason(error: Any, model: type[BaseModel]) -> str:
-    kind, got = error["type"], error["input"]
-    limits = error.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = _keys_at(model, error["loc"][:-1])
-        return f"unknown key{nearest(str(error['loc'][-1]), known)}"
-    if kind == "missing":
-        return "is needed"
-    if kind == "union_tag_invalid":
-        return f"unknown '{limits['tag']}'{nearest(str(limits['tag']), re.findall(r'[a-z]+', limits['expected_tags']))}"
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", limits["expected"])
-        return f"unknown {got!r}{nearest(str(got), choices)}"
-    for limit, words in _LIMITS.items():
-        if limit in limits:
-            return f"{words} {limits[limit]}, got {got!r}"
-    if kind == "value_error":
-        return str(limits["error"])
-    wanted = next((words for part, words in _TYPES.items() if kind.startswith(part)), error["msg"])
-    return f"needs {wanted}, got {_kind(got)}"
-
-
-_LIMITS = {"ge": "needs at least", "gt": "needs more than", "le": "needs at most", "lt": "needs less than"}
-_TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "finite": "a finite number",
-    "bool": "true or false",
-    "string": "text",
-    "list": "a list",
-    "tuple": "a list",
-    "too_": "a list of that length",
-    "dict": "a mapping of keys",
-    "model": "a mapping of keys",
-    "union_tag": "a mapping of keys",
-}
-
-
-def _keys_at(model: type[BaseModel], place: Sequence[Any]) -> list[str]:
-    """Keys that a recipe knows at a place."""
-    if len(place) > 1 and place[0] in KINDS and place[1] in KINDS[place[0]]:
-        return list(KINDS[place[0]][place[1]].model_fields)
-    for part in place:
-        if part in KINDS:
-            return sorted({key for kind in KINDS[part].values() for key in kind.model_fields})
-        field = model.model_fields.get(str(part))
-        if field is None:
-            continue
-        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((t for t in inner if inspect.isclass(t) and issubclass(t, BaseModel)), model)
-    return [key for key in model.model_fields if key != "name" or model is not Recipe]
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    return repr(value)
-
-
-# --- options of what a recipe names ----------------------------------------------------------------
 
 
 def check_options(recipe: Recipe) -> None:
@@ -611,6 +345,4 @@ def _check_call(build: Any, section: OpenSection, where: str) -> None:
     try:
         options(**section.options)
     except ValidationError as error:
-        raise UserError(_first_error(error, options, f"{where}.")) from error
-
-
+        raise UserError(first_error(error, options, f"{where}.")) from error

@@ -74,7 +74,9 @@ class Taps:
         known = dict(model.named_modules())
         for request in self._requests:
             if request.path not in known:
-                raise UserError(f"no layer '{request.path}' in {type(model).__name__}{nearest(request.path, known)}")
+                raise UserError(
+                    f"no layer '{request.path}' in {type(model).__name__}{nearest(request.path, known)}"
+                )
         self._store: dict[str, Any] = {}
         paths = dict.fromkeys(request.path for request in self._requests)
         self._handles = [known[path].register_forward_hook(_Keep(self._store, path)) for path in paths]
@@ -289,7 +291,9 @@ def _tokens(name: str, shape: tuple[int, ...], evidence: _Evidence, strict: bool
     if found is not None:
         return Layout("BNC", *found)
     if strict:
-        raise UserError(f"tap '{name}': {shape[1]} tokens form no grid of the picture's proportions; use @BLC")
+        raise UserError(
+            f"tap '{name}': {shape[1]} tokens form no grid of the picture's proportions; use @BLC"
+        )
     return Layout("BLC")
 
 

@@ -56,7 +56,7 @@ class Trainer:
         check_outputs(parts, sample)
         self.ema = None
         if recipe.trainer.ema is not None:
-            average = get_ema_multi_avg_fn(recipe.trainer.ema)
+            average = get_ema_multi_avg_fn(recipe.trainer.ema)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(parts.student.model, multi_avg_fn=average, use_buffers=True).to(
                 fabric.device
             )
@@ -65,7 +65,11 @@ class Trainer:
 
     def _set_up(self) -> None:
         recipe, fabric, parts = self.recipe, self.fabric, self.parts
-        where: dict[str, Any] = {"device": fabric.device, "rank": fabric.global_rank, "world_size": fabric.world_size}
+        where: dict[str, Any] = {
+            "device": fabric.device,
+            "rank": fabric.global_rank,
+            "world_size": fabric.world_size,
+        }
         self.train_loader = parts.loader(parts.data.train, shuffle=True, **where)
         self.test_loader = parts.loader(parts.data.test, shuffle=False, **where)
         self.steps_per_epoch = len(self.train_loader) // recipe.trainer.accumulate
@@ -76,7 +80,7 @@ class Trainer:
             )
         step = parts.step(self.distiller)
         if recipe.trainer.channels_last:
-            step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            step.to(memory_format=torch.channels_last)
         if recipe.trainer.compile:
             for module in (parts.student.model, self.distiller.teacher, *self.distiller.methods.values()):
                 if module is not None:
@@ -209,7 +213,7 @@ class Trainer:
             optimizer.zero_grad()
             if self.ema is not None:
                 self.ema.update_parameters(self.parts.student.model)
-        return {"loss": total} | losses | self.distiller.figures
+        return {"loss": total, **losses, **self.distiller.figures}
 
     def _look(self, meter: Meter, place: Place, bar: Any) -> None:
         """Reads the losses: the only time that the host waits for the device within an epoch."""
@@ -449,7 +453,8 @@ def make_fabric(recipe: Recipe) -> Fabric:
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+    plain: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return plain
 
 
 def _peak_memory(device: torch.device) -> int:

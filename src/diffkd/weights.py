@@ -68,7 +68,9 @@ def read_weights(place: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise UserError(f"'{place}' cannot be read: {str(error).splitlines()[0]}") from error
-    while isinstance(content, dict) and (nest := next((k for k in NESTS if isinstance(content.get(k), dict)), "")):
+    while isinstance(content, dict) and (
+        nest := next((k for k in NESTS if isinstance(content.get(k), dict)), "")
+    ):
         content = content[nest]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:

@@ -78,6 +78,16 @@ class Setup:
         return tuple(pair for pair in self.pairs if pair.is_logits)
 
 
+def module_key(name: str) -> str:
+    """A pair's name as a key of `nn.ModuleDict`.
+
+    >>> module_key("encoder.layers.3")
+    'encoder_layers_3'
+    """
+    key = name.replace(".", "_")
+    return f"{key}_" if hasattr(nn.ModuleDict, key) else key
+
+
 class Method(nn.Module, ABC):
     """Base of every distillation method.
 

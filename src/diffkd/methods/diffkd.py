@@ -12,7 +12,7 @@ from torch.func import functional_call
 from diffkd.batch import Batch
 from diffkd.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
 from diffkd.errors import UserError, nearest
-from diffkd.methods.base import Method, Setup
+from diffkd.methods.base import Method, Pair, Setup, module_key
 
 DISTANCES = ("mse", "kl")
 
@@ -67,6 +67,8 @@ class DiffKD(nn.Module):
     (torch.Size([2, 4, 5, 5]), torch.Size([2]))
     """
 
+    alpha_bars: Tensor
+
     def __init__(
         self,
         student_channels: int,
@@ -113,7 +115,7 @@ class DiffKD(nn.Module):
         self._check_shape("teacher", teacher_feature, self.teacher_channels)
         size = self._common_size(student_feature, teacher_feature)
         target, reconstruction_loss = self._encode(_resize(teacher_feature, size))
-        denoised, gamma = self._denoise(_resize(self.align(student_feature), size))
+        denoised, gamma = self._denoise(self.align(_resize(student_feature, size)))
         kd_loss = self._distance(denoised, target)
         diffusion_loss = self.diffusion_loss(target)
         loss = kd_loss + diffusion_loss + reconstruction_loss
@@ -186,7 +188,7 @@ class DiffKD(nn.Module):
         ours, theirs = tuple(student.shape[2:]), tuple(teacher.shape[2:])
         if ours != theirs and not self._told and not torch.compiler.is_compiling():
             self._told = True
-            warnings.warn(f"maps of {ours} (student) and {theirs} (teacher): the larger is resized", stacklevel=3)
+            warnings.warn(_resizing(ours, theirs), stacklevel=3)
         return tuple(min(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def _check_shape(self, side: str, feature: Tensor, channels: int) -> None:
@@ -245,7 +247,8 @@ class NoiseMatcher(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """Gamma, between 0 and 1."""
         pooled = self.body(feature).flatten(2).mean(2) if feature.dim() > 2 else self.body(feature)
-        return self.head(pooled).softmax(1)[:, 0]
+        logits: Tensor = self.head(pooled)
+        return logits.softmax(1)[:, 0]
 
 
 class Autoencoder(nn.Module):
@@ -323,12 +326,15 @@ class DiffKDMethod(Method):
         super().__init__()
         if not setup.pairs:
             raise UserError("method 'diffkd' needs a feature map or logits to distil; set taps")
-        self.names = [pair.name for pair in setup.pairs]
-        self.pairs = nn.ModuleList(
-            DiffKD(
+        self.pairs = nn.ModuleDict()
+        self.keys = {pair.name: module_key(pair.name) for pair in setup.pairs}
+        for pair in setup.pairs:
+            _check_pair(pair)
+            plain = pair.is_logits or pair.student.spatial_dims == 0
+            self.pairs[self.keys[pair.name]] = DiffKD(
                 pair.student.channels,
                 pair.teacher.channels,
-                latent_channels=latent_channels if pair.student.spatial_dims and not pair.is_logits else None,
+                latent_channels=None if plain else latent_channels,
                 spatial_dims=pair.student.spatial_dims,
                 num_steps=num_steps,
                 train_timesteps=train_timesteps,
@@ -337,15 +343,14 @@ class DiffKDMethod(Method):
                 detach_denoiser=detach_denoiser,
                 temperature=temperature,
             )
-            for pair in setup.pairs
-        )
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
         """Distance, diffusion and reconstruction losses of every pair."""
         losses: dict[str, Tensor] = {}
-        for name, diffkd in zip(self.names, self.pairs, strict=True):
+        for name, key in self.keys.items():
+            diffkd = self.pairs[key]
             out: DiffKDOutput = diffkd(student[name], teacher[name])
             losses |= {f"{name}.kd": out.kd_loss, f"{name}.diffusion": out.diffusion_loss}
             if diffkd.autoencoder is not None:
@@ -398,16 +403,18 @@ def _map_denoiser(dims: int, channels: int) -> nn.Module:
 def _vector_denoiser(channels: int) -> nn.Module:
     wide = 4 * channels
     return nn.Sequential(
-        *(nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels), _norm(0, channels)),
-        *(nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels)),
+        *_hidden_layer(channels, wide),
+        _norm(0, channels),
+        *_hidden_layer(channels, wide),
     )
 
 
 def _vector_matcher(channels: int) -> nn.Module:
-    wide = 2 * channels
-    return nn.Sequential(
-        nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels), _norm(0, channels)
-    )
+    return nn.Sequential(*_hidden_layer(channels, 2 * channels), _norm(0, channels))
+
+
+def _hidden_layer(channels: int, wide: int) -> tuple[nn.Module, ...]:
+    return nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels)
 
 
 def _resize(feature: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -421,6 +428,22 @@ def _resize(feature: Tensor, size: tuple[int, ...]) -> Tensor:
 def _precise(tensor: Tensor) -> Tensor:
     """In float32 at least: half precision is too coarse for losses."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _resizing(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    return f"maps of {ours} (student) and {theirs} (teacher): the larger is resized to the smaller"
+
+
+def _check_pair(pair: Pair) -> None:
+    """Refuses what cannot be matched, and says what will be resized."""
+    ours, theirs = pair.student.shape, pair.teacher.shape
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"tap '{pair.name}': the student's {ours} and the teacher's {theirs} differ in their "
+            "spatial axes; tap layers that give features of one kind"
+        )
+    if ours[1:] != theirs[1:]:
+        warnings.warn(f"tap '{pair.name}': {_resizing(ours[1:], theirs[1:])}", stacklevel=4)
 
 
 def _check(student: int, teacher: int, latent: int | None, dims: int) -> None:

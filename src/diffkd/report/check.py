@@ -1,5 +1,7 @@
 """One batch through everything, and what it shows: shapes, costs, losses, who learns."""
 
+from collections.abc import Iterator
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -95,7 +97,7 @@ def _modules(parts: Parts, distiller: Distiller, optimizer: torch.optim.Optimize
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     rows: list[tuple[str, nn.Module]] = [("student", distiller.student)]
     for name, method in distiller.methods.items():
-        rows += [(f"method {name}: {key}", part) for key, part in _parts_of(method)]
+        rows += [(f"{name}: {key}", part) for key, part in _parts_of(method)]
     if parts.teacher is not None:
         rows.append(("teacher (frozen)", parts.teacher.model))
     for name, module in rows:
@@ -110,16 +112,15 @@ def _modules(parts: Parts, distiller: Distiller, optimizer: torch.optim.Optimize
     return table
 
 
-def _parts_of(method: nn.Module, depth: int = 3) -> list[tuple[str, nn.Module]]:
-    """A method's trained parts, down to where they have names that mean something."""
-    found: list[tuple[str, nn.Module]] = []
+def _parts_of(method: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A method's trained parts by name; where it has one module per pair, the parts of each."""
     for name, child in method.named_children():
-        below = _parts_of(child, depth - 1) if depth > 1 else []
-        if isinstance(child, nn.ModuleDict | nn.ModuleList) or (below and depth == 3):
-            found += [(f"{name}.{key}", part) for key, part in below]
+        if isinstance(child, nn.ModuleDict | nn.ModuleList):
+            for key, item in child.named_children():
+                inner = [(f"{key} {part}", sub) for part, sub in item.named_children()]
+                yield from inner or [(f"{name} {key}", item)]
         elif any(True for _ in child.parameters()):
-            found.append((name, child))
-    return found
+            yield name, child
 
 
 def _costs(parts: Parts) -> Table:

@@ -1,0 +1,96 @@
+"""Pydantic's errors as one line in a recipe's own words."""
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from diffkd.errors import kind_of, nearest
+
+Models = list[type[BaseModel]]
+
+
+def first_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The error that helps most, an unknown key before any other, as `key: what is wrong`.
+
+    Args:
+        error: what pydantic raised.
+        model: what it was validating.
+        prefix: what comes before the keys of the model.
+    """
+    errors = error.errors()
+    first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
+    shown, _ = _walk(model, first["loc"])
+    _, above = _walk(model, first["loc"][:-1])
+    known = sorted({key for m in above for key, field in m.model_fields.items() if not field.exclude})
+    more = len({_walk(model, e["loc"])[0] for e in errors}) - 1
+    return f"{prefix}{shown}: {_reason(first, known)}" + (f" (and {more} more)" if more else "")
+
+
+def _walk(model: type[BaseModel], place: Sequence[Any]) -> tuple[str, Models]:
+    """A place as the user would write it, and the models that may stand there.
+
+    Pydantic's places also name the branch of a union that it tried: these are left out.
+    """
+    shown: list[str] = []
+    models: Models = [model]
+    for part in place:
+        chosen = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
+        if chosen and shown:
+            models = chosen
+            continue
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if not fields and isinstance(part, str) and (part in ("int", "float", "str") or "[" in part):
+            continue
+        shown.append(str(part))
+        inner = [found for field in fields for found in _models_in(field.annotation)]
+        models = inner or models
+    return ".".join(shown), models
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _reason(error: Any, known: list[str]) -> str:
+    """What is wrong with the value at its place."""
+    kind, got, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key{nearest(str(error['loc'][-1]), known)}"
+    if kind == "missing":
+        return "is needed"
+    if kind == "union_tag_invalid":
+        return f"unknown '{context['tag']}'{nearest(context['tag'], _quoted(context['expected_tags']))}"
+    if kind == "literal_error":
+        return f"unknown {got!r}{nearest(str(got), _quoted(context['expected']))}"
+    for limit, words in _LIMITS.items():
+        if limit in context:
+            return f"{words} {context[limit]}, got {got!r}"
+    if kind == "value_error":
+        return str(context["error"])
+    wanted = next((words for part, words in _TYPES.items() if kind.startswith(part)), error["msg"])
+    return f"needs {wanted}, got {kind_of(got)}"
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"'([^']*)'", text)
+
+
+_LIMITS = {"ge": "needs at least", "gt": "needs more than", "le": "needs at most", "lt": "needs less than"}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "too_": "a list of another length",
+    "dict": "a mapping of keys",
+    "model": "a mapping of keys",
+    "union_tag": "a mapping of keys",
+}

@@ -1,0 +1,190 @@
+"""Recipes as layers of plain values: reading YAML, short forms, overrides, merging."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffkd.errors import UserError, kind_of, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def read_layers(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Path]:
+    """A recipe's content with its bases below and its overrides above, short forms written out.
+
+    Returns:
+        The content and the recipe's file.
+
+    Raises:
+        UserError: a file or an override cannot be read.
+    """
+    place = find(name)
+    merged: dict[str, Any] = {}
+    for layer in _read_chain(place):
+        merged = _merge(merged, _normalize(layer, str(place)), replace=("method", "taps"))
+    for override in overrides:
+        key, value = _parse_override(override)
+        if key == "base":
+            raise UserError("command line: 'base' belongs in a file")
+        # A single key replaces a method; a dotted one changes an option of it.
+        replace = ("method", "taps") if "." not in key else ()
+        merged = _merge(merged, _normalize(_nest(key, value), "command line"), replace=replace)
+    merged["name"] = _short_name(name, place)
+    return merged, place
+
+
+def builtin() -> dict[str, Path]:
+    """The recipes that come along, by name; files and folders that begin with `_` are bases."""
+    found = {}
+    for place in sorted(RECIPES.rglob("*.yaml")):
+        parts = place.relative_to(RECIPES).with_suffix("").parts
+        if not any(part.startswith("_") for part in parts):
+            found["/".join(parts)] = place
+    return found
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a built-in name, or a path.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = builtin()
+    if name in known:
+        return known[name]
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"no recipe file '{name}'")
+        return Path(name)
+    raise UserError(f"unknown recipe '{name}'{nearest(name, known)} (a file's name ends in .yaml)")
+
+
+def _short_name(name: str, place: Path) -> str:
+    return name if name in builtin() else place.parent.name if place.name == "recipe.yaml" else place.stem
+
+
+def _read_chain(place: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The recipe and its bases, the lowest first."""
+    if place in below:
+        raise UserError(f"{place}: 'base' comes back to itself")
+    content = _read(place)
+    base = content.pop("base", None)
+    if base is None:
+        return [content]
+    return [*_read_chain(_find_base(str(base), place), (*below, place)), content]
+
+
+def _find_base(base: str, place: Path) -> Path:
+    for candidate in (place.parent / base, place.parent / f"{base}.yaml", RECIPES / f"{base}.yaml"):
+        if candidate.is_file():
+            return candidate.resolve()
+    raise UserError(f"{place}: base: unknown recipe '{base}'{nearest(base, builtin())}")
+
+
+def _read(place: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(place.read_text(), _Loader)
+    except OSError as error:
+        raise UserError(f"'{place}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{place}' is not a text file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{place}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{place}: a recipe is a mapping of keys, this is {kind_of(content)}")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads `5e-4` as a number."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"command line: '{override}' is not key=value")
+    try:
+        return key, yaml.load(text, _Loader) if text else None
+    except yaml.YAMLError as error:
+        raise UserError(f"command line: {key}: '{text}' cannot be read") from error
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    """`a.b.c=v` as nested mappings; a method's name may itself hold dots (`my_losses.py:MyLoss`)."""
+    parts = re.split(r"\.(?!py:)(?![^.=]*:)", key)
+    for part in reversed(parts):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+_NAMED = {"task": "name", "data": "name", "optimizer": "name", "schedule": "name"}
+_NAMED |= {"teacher": "model", "student": "model"}
+# Keys that outlive a change of name.
+_GENERIC = {
+    "task": {"weight"},
+    "data": {"batch_size", "eval_batch_size", "workers"},
+    "optimizer": {"lr", "weight_decay"},
+    "schedule": {"warmup_epochs"},
+}
+
+
+def _normalize(layer: dict[str, Any], where: str) -> dict[str, Any]:
+    """A layer with every short form written out."""
+    layer = dict(layer)
+    for section, name in _NAMED.items():
+        if isinstance(layer.get(section), str):
+            layer[section] = {name: layer[section]}
+    if "method" in layer:
+        layer["method"] = _methods(layer["method"], where)
+    teacher = layer.get("teacher")
+    if isinstance(teacher, dict) and isinstance(teacher.get("train"), dict):
+        layer["teacher"] = {**teacher, "train": _normalize(teacher["train"], where)}
+    return layer
+
+
+def _methods(value: Any, where: str) -> dict[str, Any]:
+    """`diffkd`, `diffkd,kd`, `[diffkd, kd]`, `{diffkd: 0.5}` or the long form as the long form."""
+    if value in (None, "none", []):
+        return {}
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, list):
+        value = {str(name).strip(): {} for name in value}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: method: needs names, or names with weights, got {kind_of(value)}")
+    long: dict[str, Any] = {}
+    for name, options in value.items():
+        number = isinstance(options, int | float) and not isinstance(options, bool)
+        long[name] = {"weight": options} if number else {} if options is None else options
+    return {name: options for name, options in long.items() if name != "none"}
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any], replace: Sequence[str] = ()) -> dict[str, Any]:
+    """The new layer over the old."""
+    merged = dict(old)
+    for key, value in new.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and key not in replace:
+            merged[key] = _merge(_survivors(key, before, value), value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _survivors(section: str, before: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
+    """What stays of a section when its name or model changes."""
+    name = _NAMED.get(section)
+    if name is None or name not in value or value[name] == before.get(name):
+        return before
+    return {key: v for key, v in before.items() if key in _GENERIC.get(section, ())}

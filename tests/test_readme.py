@@ -1,0 +1,70 @@
+"""What the README and the examples say is run."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    """Every diffkd command of the README."""
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    found = [part.strip() for line in lines for part in line.split("&&")]
+    return [command for command in found if command.startswith("diffkd ")]
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_blocks_run(block):
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_commands_run_in_their_order(diffkd):
+    assert len(commands()) >= 5
+    for command in commands():
+        words = command.split()[1:]
+        # The first run of all is long: a test of the command, not of its accuracy.
+        short = ["trainer.epochs=2"] if words[0] in ("distill", "train") else []
+        made = ["teacher.train.epochs=2"] if words[0] == "distill" else []
+        status, out, err = diffkd(*words, *made, *short)
+        assert status == 0, f"{command}\n{out}\n{err}"
+
+
+def test_the_recipe_of_ones_own_runs(diffkd, tmp_path):
+    (recipe,) = blocks("yaml")
+    (tmp_path / "own.yaml").write_text(recipe)
+    (tmp_path / "my_models.py").write_text(
+        "from functools import partial\n"
+        "from diffkd.models.simple import SimpleCNN\n"
+        "def big(num_classes, in_channels): return SimpleCNN(16, in_channels, num_classes)\n"
+        "def small(num_classes, in_channels): return SimpleCNN(4, in_channels, num_classes)\n"
+    )
+    status, _, err = diffkd("train", "own.yaml", "student=my_models.py:big", "output=big", "trainer.epochs=1")
+    assert status == 0, err
+    (tmp_path / "big.safetensors").write_bytes((tmp_path / "big/student/model.safetensors").read_bytes())
+    status, _, err = diffkd("distill", "own.yaml", "trainer.epochs=1", "output=small")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("place", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_run(place):
+    runpy.run_path(str(place), run_name="__main__")
+
+
+def test_three_steps_against_a_resnet34_lower_the_diffusion_loss(capsys):
+    runpy.run_path(str(ROOT / "examples/own_loop.py"), run_name="__main__")
+    found = [float(v) for v in re.findall(r"'diffkd.layer4.diffusion': ([\d.]+)", capsys.readouterr().out)]
+    assert len(found) == 3
+    assert found[-1] < found[0]
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
