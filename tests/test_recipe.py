@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import yaml
-from conftest import TINY
 
+from conftest import TINY
 from diffkd.errors import UserError
 from diffkd.recipe import cache_key, check_options, difference, dump, load
 from diffkd.recipe_files import RECIPES, builtin
@@ -35,7 +35,8 @@ def test_all_files_of_recipes_are_short():
 def test_short_forms_mean_the_long_ones(tmp_path):
     short = recipe(
         tmp_path,
-        "data: digits\nstudent: simple/cnn4\nteacher: simple/cnn8\nmethod: diffkd\noptimizer: adamw\nschedule: constant",
+        "data: digits\nstudent: simple/cnn4\nteacher: simple/cnn8\n"
+        "method: diffkd\noptimizer: adamw\nschedule: constant",
     )
     long = recipe(
         tmp_path,
@@ -134,7 +135,8 @@ MISTAKES = {
     "optimizer.lr=0": ("optimizer.lr", "more than 0"),
     "optimizer=adam": ("optimizer", "'adamw'"),
     "optimizer={name: adamw, betas: [1]}": ("optimizer.betas", "a list"),
-    "schedule={name: step}": ("schedule.milestones", "is needed"),
+    "schedule={name: step}": ("schedule", "needs either milestones"),
+    "schedule={name: step, every: 2, milestones: [1]}": ("schedule", "needs either milestones"),
     "schedule={name: cosine, milestones: [1]}": ("schedule.milestones", "unknown key"),
     "student=3": ("student", "mapping"),
     "student.modle=x": ("student.modle", "'model'"),
@@ -147,7 +149,6 @@ MISTAKES = {
     "seed=-1": ("seed", "at least 0"),
     "seed": ("seed", "not key=value"),
     "base=digits": ("base", "in a file"),
-    "teacher={model: simple/cnn8, weights: a.pth, train: {epochs: 1}}": ("teacher", "not both"),
 }
 
 
@@ -165,10 +166,10 @@ def test_a_mistake_names_its_key_in_one_line(tmp_path, override):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("method.diffkd.numsteps=3", "method.diffkd.numsteps: unknown key; did you mean 'num_steps'?"),
+        ("method.diffkd.numsteps=3", "method.diffkd.numsteps: unknown key; did you mean 'num_steps'"),
         ("method.diffkd.num_steps=three", "method.diffkd.num_steps: needs a whole number, got 'three'"),
         ("method=diffdk", "unknown method 'diffdk'; did you mean 'diffkd'?"),
-        ("data.batchsize=3", "data.batchsize: unknown key; did you mean 'batch_size'?"),
+        ("data.batchsize=3", "data.batchsize: unknown key; did you mean 'batch_size'"),
         ("data=digit", "unknown data set 'digit'; did you mean 'digits'?"),
         ("task.label_smothing=0.1", "task.label_smothing: unknown key; did you mean 'label_smoothing'?"),
         ("task=clasification", "did you mean 'classification'?"),

@@ -16,6 +16,10 @@ def build_optimizer(recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter])
         return AdamW(
             wanted, recipe.lr, betas=(recipe.betas[0], recipe.betas[1]), weight_decay=recipe.weight_decay
         )
+    if recipe.name == "rmsproptf":
+        from timm.optim.rmsprop_tf import RMSpropTF
+
+        return RMSpropTF(wanted, recipe.lr, recipe.alpha, recipe.eps, recipe.weight_decay, recipe.momentum)
     return SGD(
         wanted,
         recipe.lr,
@@ -44,7 +48,8 @@ def lr_factor(schedule: ScheduleRecipe, epoch: float, epochs: int) -> float:
     part = (epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-9)
     part = min(part, 1.0)
     if schedule.name == "step":
-        return float(schedule.factor ** sum(math.floor(epoch) >= m for m in schedule.milestones))
+        passed = epoch // schedule.every if schedule.every else sum(epoch >= m for m in schedule.milestones)
+        return float(schedule.factor**passed)
     if schedule.name == "cosine":
         return schedule.final_factor + (1 - schedule.final_factor) * 0.5 * (1 + math.cos(math.pi * part))
     if schedule.name == "poly":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,20 +46,33 @@ class TaskRecipe(OpenSection):
 
 
 class DataRecipe(OpenSection):
-    """The data set and how it is dealt out."""
+    """The data set and how it is dealt out.
+
+    Attributes:
+        mixup, cutmix: parameters of their Beta distributions; 0 leaves them out.
+    """
 
     name: str
     root: str | None = None
     batch_size: Count = 64
     eval_batch_size: Count | None = None
     workers: Annotated[int, Field(ge=0)] = 2
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
 
 
 class ModelRecipe(Section):
-    """A model, its weights, and its way of seeing pictures where it differs from the data's."""
+    """A model, its weights, and its way of seeing pictures where it differs from the data's.
+
+    Attributes:
+        weights: a file, a run folder, or the name of published weights (`pretrained`, `IMAGENET1K_V1`).
+        options: further arguments of the model, such as `{drop_path_rate: 0.2}`.
+        mean, std: on the scale 0 to 1; size: the pixels that pictures are resized to.
+    """
 
     model: str
     weights: str | None = None
+    options: dict[str, Any] = {}
     mean: list[float] | None = None
     std: list[Positive] | None = None
     size: Count | None = None
@@ -95,6 +109,16 @@ class AdamW(Optimizer):
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
 
 
+class RmspropTf(Optimizer):
+    """RMSProp as TensorFlow has it: epsilon within the root, as the mobile networks are trained."""
+
+    name: Literal["rmsproptf"] = "rmsproptf"
+    lr: Positive = 0.048
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    eps: Positive = 1e-3
+
+
 class Schedule(Section):
     """What all schedules share; `warmup_epochs` rise linearly from zero."""
 
@@ -108,11 +132,22 @@ class ConstantSchedule(Schedule):
 
 
 class StepSchedule(Schedule):
-    """Multiplies the learning rate by `factor` at each milestone (epochs)."""
+    """Multiplies the learning rate by `factor` at each milestone, or every so many epochs.
+
+    Raises:
+        ValueError: both or neither of `milestones` and `every` are given.
+    """
 
     name: Literal["step"] = "step"
-    milestones: list[Count]
+    milestones: list[Count] = []
+    every: Positive | None = None
     factor: Positive = 0.1
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "StepSchedule":
+        if bool(self.milestones) == (self.every is not None):
+            raise ValueError("needs either milestones (a list of epochs) or every (epochs)")
+        return self
 
 
 class CosineSchedule(Schedule):
@@ -129,7 +164,7 @@ class PolySchedule(Schedule):
     power: Positive = 0.9
 
 
-OptimizerRecipe = Sgd | AdamW
+OptimizerRecipe = Sgd | AdamW | RmspropTf
 ScheduleRecipe = ConstantSchedule | StepSchedule | CosineSchedule | PolySchedule
 
 
@@ -162,7 +197,7 @@ class TrainerRecipe(Section):
 
 
 class TeacherTraining(Section):
-    """How a teacher is made; what is not said here is as in the student's own run."""
+    """How a teacher is made, from its weights if it has some; what is not said is as in the student's run."""
 
     epochs: Count | None = None
     batch_size: Count | None = None
@@ -175,12 +210,6 @@ class TeacherRecipe(ModelRecipe):
     """The teacher: its weights, or how it is made."""
 
     train: TeacherTraining | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "TeacherRecipe":
-        if self.weights is not None and self.train is not None:
-            raise ValueError("give weights or train, not both")
-        return self
 
 
 class Recipe(Section):
@@ -211,7 +240,7 @@ class Recipe(Section):
         """The run that makes the teacher: its model in the student's place, and no teacher."""
         assert self.teacher is not None
         train = self.teacher.train or TeacherTraining()
-        model = ModelRecipe(**self.teacher.model_dump(exclude={"train", "weights"}))
+        model = ModelRecipe(**self.teacher.model_dump(exclude={"train"}))
         trainer = {"epochs": train.epochs or self.trainer.epochs, "max_steps": None, "ema": None}
         data = {"batch_size": train.batch_size or self.data.batch_size}
         return self.model_copy(
@@ -262,6 +291,9 @@ def dump(recipe: Recipe) -> str:
 def cache_key(recipe: Recipe) -> str:
     """A short name of everything that determines the weights that a recipe trains."""
     content = _determining(recipe)
+    weights = Path(recipe.student.weights or "")
+    if weights.is_file():
+        content["start"] = zlib.crc32(weights.read_bytes())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

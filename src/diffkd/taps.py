@@ -106,7 +106,8 @@ class Taps:
                 if not feature.is_floating_point():
                     kind = str(feature.dtype)
                     raise UserError(
-                        f"tap '{name}' gives integers ({kind}), which carry no gradient; tap a floating-point layer"
+                        f"tap '{name}' gives integers ({kind}), which carry no gradient; "
+                        "tap a floating-point layer"
                     )
                 evidence = _Evidence(leaves.get(request.path, []), image_size, _prefix_tokens(self._model))
                 self._entries.append((name, request.path, key))
@@ -226,7 +227,8 @@ class _Evidence:
 
 
 def _width(leaf: nn.Module) -> int:
-    return int(leaf.weight.shape[0]) if isinstance(getattr(leaf, "weight", None), Tensor) else -1
+    weight = getattr(leaf, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) else -1
 
 
 def _channels_first_width(leaf: nn.Module) -> int | None:
@@ -280,7 +282,7 @@ def _fits(spatial: tuple[int, ...], image_size: tuple[int, ...] | None) -> bool:
         return False
     strides = [max(1, round(full / small)) for full, small in zip(image_size, spatial, strict=True)]
     shrunk = all(small <= full for small, full in zip(spatial, image_size, strict=True))
-    likely = {stride for stride in strides}
+    likely = set(strides)
     near = max(likely) <= min(likely) + max(1, min(likely) // 4)
     return shrunk and near
 
@@ -372,6 +374,7 @@ def find_stages(
         model: any module.
         run: runs the model on a sample.
         image_size: `(H, W)` of the sample's pictures.
+        count: blocks of a transformer.
     """
     seen: list[tuple[str, int]] = []
     handles = []

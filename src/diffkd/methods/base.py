@@ -1,5 +1,6 @@
 """What a distillation method is: tensors in, named losses out."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
+from diffkd.errors import UserError
 from diffkd.names import load_class
 
 
@@ -119,6 +121,53 @@ class Method(nn.Module, ABC):
             teacher: the teacher's, detached.
             batch: the batch that made them.
         """
+
+
+def check_pair(pair: Pair, method: str) -> None:
+    """Refuses a pair of features of different kinds, and says where one will be resized.
+
+    Raises:
+        UserError: one is a map and the other a sequence, say.
+    """
+    ours, theirs = pair.student.shape, pair.teacher.shape
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"method '{method}', tap '{pair.name}': the student's {ours} and the teacher's {theirs} "
+            "differ in their spatial axes; tap layers that give features of one kind"
+        )
+    if ours[1:] != theirs[1:]:
+        warnings.warn(f"tap '{pair.name}': {resizing(ours[1:], theirs[1:])}", stacklevel=4)
+
+
+def resizing(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    """That, and how, two spatial sizes are matched, in words."""
+    return f"maps of {ours} (student) and {theirs} (teacher): the larger is resized to the smaller"
+
+
+def needed_features(setup: Setup, method: str) -> tuple[Pair, ...]:
+    """The pairs that are not logits, each of two features of one kind.
+
+    Raises:
+        UserError: there is none, or two features of a pair are of different kinds.
+    """
+    if not setup.features:
+        raise UserError(f"method '{method}' needs a feature map to distil; set taps")
+    for pair in setup.features:
+        check_pair(pair, method)
+    return setup.features
+
+
+def needed_logits(setup: Setup, method: str) -> tuple[Pair, ...]:
+    """The pairs that are class scores.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not setup.logits:
+        raise UserError(
+            f"method '{method}' needs class scores to distil; tap the models' output: taps={{'': ''}}"
+        )
+    return setup.logits
 
 
 def method_class(name: str) -> type[Method]:

@@ -12,7 +12,8 @@ from torch.func import functional_call
 from diffkd.batch import Batch
 from diffkd.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
 from diffkd.errors import UserError, nearest
-from diffkd.methods.base import Method, Pair, Setup, module_key
+from diffkd.losses import kl_divergence, precise, resize
+from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing
 
 DISTANCES = ("mse", "kl")
 
@@ -114,8 +115,8 @@ class DiffKD(nn.Module):
         self._check_shape("student", student_feature, self.student_channels)
         self._check_shape("teacher", teacher_feature, self.teacher_channels)
         size = self._common_size(student_feature, teacher_feature)
-        target, reconstruction_loss = self._encode(_resize(teacher_feature, size))
-        denoised, gamma = self._denoise(self.align(_resize(student_feature, size)))
+        target, reconstruction_loss = self._encode(resize(teacher_feature, size))
+        denoised, gamma = self._denoise(self.align(resize(student_feature, size)))
         kd_loss = self._distance(denoised, target)
         diffusion_loss = self.diffusion_loss(target)
         loss = kd_loss + diffusion_loss + reconstruction_loss
@@ -145,9 +146,9 @@ class DiffKD(nn.Module):
             noise = torch.randn_like(target)
         if timesteps is None:
             timesteps = torch.randint(0, self.train_timesteps, (len(target),), device=target.device)
-        noisy = add_noise(_precise(target), _precise(noise), self.alpha_bars[timesteps])
+        noisy = add_noise(precise(target), precise(noise), self.alpha_bars[timesteps])
         predicted = self.denoiser(noisy.to(target.dtype), self.denoiser.embedding(timesteps))
-        return F.mse_loss(_precise(predicted), _precise(noise))
+        return F.mse_loss(precise(predicted), precise(noise))
 
     def _encode(self, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
         """The target, and how badly the autoencoder rebuilds the teacher's feature."""
@@ -156,7 +157,7 @@ class DiffKD(nn.Module):
         teacher_feature = teacher_feature.detach()
         latent = self.autoencoder.encoder(teacher_feature)
         rebuilt = self.autoencoder.decoder(latent)
-        return latent.detach(), F.mse_loss(_precise(rebuilt), _precise(teacher_feature))
+        return latent.detach(), F.mse_loss(precise(rebuilt), precise(teacher_feature))
 
     def _denoise(self, latent: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noise matching, the DDIM steps, the projection; also gamma `(B,)`."""
@@ -169,26 +170,24 @@ class DiffKD(nn.Module):
         for timestep, alpha_bar, alpha_bar_next in self.ddim:
             predicted = denoiser(noisy, self.denoiser.embedding.weight[timestep])
             noisy = ddim_step(noisy, predicted, alpha_bar, alpha_bar_next)
-        return self.projection(noisy), _precise(gamma)
+        return self.projection(noisy), precise(gamma)
 
     def _denoiser_with_fixed_weights(self) -> Callable[[Tensor, Tensor], Tensor]:
         fixed = {name: weight.detach() for name, weight in self.denoiser.named_parameters()}
         return lambda noisy, code: functional_call(self.denoiser, fixed, (noisy, code.detach()))
 
     def _distance(self, denoised: Tensor, target: Tensor) -> Tensor:
-        denoised, target = _precise(denoised), _precise(target)
+        denoised, target = precise(denoised), precise(target)
         if self.distance == "mse":
             return F.mse_loss(denoised, target)
-        ours, theirs = (F.log_softmax(x / self.temperature, dim=1) for x in (denoised, target))
-        divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
-        return divergence.mean() * self.temperature**2
+        return kl_divergence(denoised, target, self.temperature)
 
     def _common_size(self, student: Tensor, teacher: Tensor) -> tuple[int, ...]:
         """The smaller size along each axis; says once that there is something to resize."""
         ours, theirs = tuple(student.shape[2:]), tuple(teacher.shape[2:])
         if ours != theirs and not self._told and not torch.compiler.is_compiling():
             self._told = True
-            warnings.warn(_resizing(ours, theirs), stacklevel=3)
+            warnings.warn(resizing(ours, theirs), stacklevel=3)
         return tuple(min(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def _check_shape(self, side: str, feature: Tensor, channels: int) -> None:
@@ -329,7 +328,7 @@ class DiffKDMethod(Method):
         self.pairs = nn.ModuleDict()
         self.keys = {pair.name: module_key(pair.name) for pair in setup.pairs}
         for pair in setup.pairs:
-            _check_pair(pair)
+            check_pair(pair, "diffkd")
             plain = pair.is_logits or pair.student.spatial_dims == 0
             self.pairs[self.keys[pair.name]] = DiffKD(
                 pair.student.channels,
@@ -415,35 +414,6 @@ def _vector_matcher(channels: int) -> nn.Module:
 
 def _hidden_layer(channels: int, wide: int) -> tuple[nn.Module, ...]:
     return nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels)
-
-
-def _resize(feature: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Averages down to a size."""
-    if tuple(feature.shape[2:]) == size:
-        return feature
-    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
-    return pool(feature, size)  # type: ignore[arg-type]
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """In float32 at least: half precision is too coarse for losses."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _resizing(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
-    return f"maps of {ours} (student) and {theirs} (teacher): the larger is resized to the smaller"
-
-
-def _check_pair(pair: Pair) -> None:
-    """Refuses what cannot be matched, and says what will be resized."""
-    ours, theirs = pair.student.shape, pair.teacher.shape
-    if len(ours) != len(theirs):
-        raise UserError(
-            f"tap '{pair.name}': the student's {ours} and the teacher's {theirs} differ in their "
-            "spatial axes; tap layers that give features of one kind"
-        )
-    if ours[1:] != theirs[1:]:
-        warnings.warn(f"tap '{pair.name}': {_resizing(ours[1:], theirs[1:])}", stacklevel=4)
 
 
 def _check(student: int, teacher: int, latent: int | None, dims: int) -> None:
