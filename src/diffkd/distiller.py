@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
 from diffkd.methods.base import Feature, Method, Pair, Setup, method_class
-from diffkd.taps import Taps, dry_run, find_stages
+from diffkd.stages import find_stages
+from diffkd.taps import Taps, dry_run
 
 MethodChoice = float | Mapping[str, Any] | Callable[[Setup], Method]
 Run = Callable[[nn.Module, Batch], Any]

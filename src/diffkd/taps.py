@@ -109,7 +109,7 @@ class Taps:
                         f"tap '{name}' gives integers ({kind}), which carry no gradient; "
                         "tap a floating-point layer"
                     )
-                evidence = _Evidence(leaves.get(request.path, []), image_size, _prefix_tokens(self._model))
+                evidence = _Evidence(leaves.get(request.path, []), image_size, prefix_tokens(self._model))
                 self._entries.append((name, request.path, key))
                 self._layouts[name] = _tell_layout(name, feature, request.axes, evidence)
         raw = {name: _entry(self._store[path], key) for name, path, key in self._entries}
@@ -221,8 +221,9 @@ class _Evidence:
                 return _width(leaf) == shape[-1] if _width(leaf) in (shape[-1], shape[1]) else None
             if isinstance(leaf, nn.Linear) and leaf.out_features == shape[-1]:
                 return True
-            if _channels_first_width(leaf) == shape[1]:
-                return False
+            width = _channels_first_width(leaf)
+            if width in (shape[1], shape[-1]):
+                return width != shape[1]
         return None
 
 
@@ -305,6 +306,7 @@ def _find_grid(count: int, evidence: _Evidence) -> tuple[int, tuple[int, int]] |
         return None
     height, width = evidence.image_size
     candidates = range(MAX_PREFIX_TOKENS + 1) if evidence.prefix is None else sorted({evidence.prefix, 0})
+    found = []
     for prefix in candidates:
         rest = count - prefix
         if rest < 4:
@@ -312,11 +314,13 @@ def _find_grid(count: int, evidence: _Evidence) -> tuple[int, tuple[int, int]] |
         rows = math.sqrt(rest * height / width)
         for h in {math.floor(rows), math.ceil(rows)}:
             if h and rest % h == 0 and _fits((h, rest // h), evidence.image_size):
-                return prefix, (h, rest // h)
-    return None
+                found.append((prefix, (h, rest // h)))
+    # Of several, a grid of just the picture's proportions, then the one with the fewest tokens in front.
+    return min(found, key=lambda f: (f[1][0] * width != f[1][1] * height, f[0]), default=None)
 
 
-def _prefix_tokens(model: nn.Module) -> int | None:
+def prefix_tokens(model: nn.Module) -> int | None:
+    """Class and register tokens that a model says it puts in front of the picture's."""
     prefix = getattr(model, "num_prefix_tokens", None)
     return prefix if isinstance(prefix, int) else None
 
@@ -353,9 +357,24 @@ def _watching(model: nn.Module) -> Iterator[dict[str, list[nn.Module]]]:
 
         return hook
 
+    latest: list[nn.Module] = []
+
+    def remember(module: nn.Module, inputs: Any, output: Any) -> None:
+        latest[:] = [module]
+
+    def borrow(path: str) -> Callable[..., None]:
+        # An activation or a permutation knows nothing of its axes: what ran before it does.
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            inside[path] = list(latest)
+
+        return hook
+
     for path, module in model.named_modules():
         if any(True for _ in module.parameters(recurse=False)):
             handles.append(module.register_forward_hook(note(path)))
+            handles.append(module.register_forward_hook(remember))
+        elif not any(True for _ in module.parameters()):
+            handles.append(module.register_forward_hook(borrow(path)))
     try:
         yield inside
     finally:
@@ -363,83 +382,23 @@ def _watching(model: nn.Module) -> Iterator[dict[str, list[nn.Module]]]:
             handle.remove()
 
 
-def find_stages(
-    model: nn.Module, run: Callable[[], Any], image_size: tuple[int, ...] | None, count: int = 4
-) -> list[str]:
-    """Default taps: the last layer of each resolution, shallow to deep; the last is the last feature map.
-
-    A transformer of one resolution gives `count` of its blocks, evenly spaced.
+def positions(output: Any, image_size: tuple[int, ...] | None, prefix: int | None) -> int | None:
+    """Number of places of a map or of a grid of tokens; None for anything else.
 
     Args:
-        model: any module.
-        run: runs the model on a sample.
+        output: what a layer gave.
         image_size: `(H, W)` of the sample's pictures.
-        count: blocks of a transformer.
+        prefix: class and register tokens in front, if known.
     """
-    seen: list[tuple[str, int]] = []
-    handles = []
-    prefix = _prefix_tokens(model)
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            size = _positions(output, _Evidence([], image_size, prefix))
-            if size is not None:
-                seen.append((path, size))
-
-        return hook
-
-    for path, module in model.named_modules():
-        if path and not isinstance(module, nn.Identity | nn.Dropout | nn.Flatten):
-            handles.append(module.register_forward_hook(note(path)))
-    try:
-        with dry_run(model), torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _last_of_each(seen, count)
-
-
-def _last_of_each(seen: list[tuple[str, int]], count: int) -> list[str]:
-    """Of the layers in order of execution, the outermost last one of each size, sizes falling."""
-    stages: dict[int, str] = {}
-    for path, size in seen:
-        stages[size] = path  # a layer runs to its end after what is inside of it
-    falling: list[int] = []
-    for size in stages:
-        while falling and falling[-1] <= size:
-            falling.pop()
-        falling.append(size)
-    # A pooled 1x1 map, or one vector, is no stage, unless there is nothing else.
-    kept = [size for size in falling if size > 1] or falling
-    if len(kept) == 1:
-        blocks = _blocks([path for path, size in seen if size == kept[0]])
-        if blocks:
-            picks = [round((i + 1) * len(blocks) / count) - 1 for i in range(count)]
-            return [blocks[i] for i in sorted(set(picks)) if i >= 0]
-    return [stages[size] for size in kept]
-
-
-def _blocks(paths: list[str]) -> list[str]:
-    """The longest list of numbered siblings: a transformer's blocks."""
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        match = re.fullmatch(r"(.*?)\d+", path)
-        if match is not None:
-            groups.setdefault(match[1], []).append(path)
-    best = max(groups.values(), key=len, default=[])
-    return best if len(best) > 1 else []
-
-
-def _positions(output: Any, evidence: _Evidence) -> int | None:
-    """Number of places of a map or of a grid of tokens; None for anything else."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     shape = tuple(output.shape)
     if len(shape) == 4:
-        last = _fits(shape[1:-1], evidence.image_size) and not _fits(shape[2:], evidence.image_size)
+        last = _fits(shape[1:-1], image_size) and not _fits(shape[2:], image_size)
+        if image_size is not None and not last and not _fits(shape[2:], image_size):
+            return None
         return math.prod(shape[1:-1] if last else shape[2:])
     if len(shape) == 3:
-        found = _find_grid(shape[1], evidence)
+        found = _find_grid(shape[1], _Evidence([], image_size, prefix))
         return None if found is None else math.prod(found[1])
     return None
