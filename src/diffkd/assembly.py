@@ -1,7 +1,7 @@
 """From a recipe to the things that it names: data, task, models, distiller."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,20 +13,30 @@ from diffkd.data.base import Data, Loader, Split, builder
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.measure import Cost, cost
+from diffkd.methods.base import method_class
 from diffkd.models import base as models
+from diffkd.pictures import mix_batch
 from diffkd.recipe import ModelRecipe, Recipe, check_options
 from diffkd.tasks.base import Task, task_class
-from diffkd.weights import load_weights
+from diffkd.weights import description, is_local, load_state, load_weights
 
 
 @dataclass
 class Side:
-    """One model with its way of seeing pictures: the student, or the teacher."""
+    """One model with its way of seeing pictures: the student, or the teacher.
+
+    Attributes:
+        notes: what was decided for the user, one line each.
+        weights: where its weights come from.
+        fresh_head: its weights were made for other classes, so that its class scores mean nothing yet.
+    """
 
     name: str
     model: nn.Module
     prepare: models.Preprocess
     notes: list[str] = field(default_factory=list)
+    weights: str | None = None
+    fresh_head: bool = False
 
     def to(self, device: torch.device) -> "Side":
         """Moves the model and its preparation to a device."""
@@ -59,8 +69,18 @@ class Parts:
             seed=self.recipe.seed,
             workers=self.recipe.data.workers,
             collate=self.data.collate,
+            finish=self._mix() if shuffle else None,
             **where,
         )
+
+    def _mix(self) -> Callable[[Batch, torch.Generator], Batch] | None:
+        """Mixup and cutmix of training batches, where the recipe asks for them."""
+        wanted, classes = self.recipe.data, self.data.num_classes
+        if not (wanted.mixup or wanted.cutmix):
+            return None
+        if classes is None:
+            raise UserError("data.mixup and data.cutmix need a data set with classes")
+        return lambda batch, generator: mix_batch(batch, classes, wanted.mixup, wanted.cutmix, generator)
 
     def sample(self, size: int, device: torch.device | None = None) -> Batch:
         """The first test samples as one batch."""
@@ -130,32 +150,82 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
     teacher = None
     if with_teacher and recipe.teacher is not None:
         teacher = build_side(recipe.teacher, data)
+        _check_head(recipe, teacher)
     return Parts(recipe, data, task, student, teacher)
 
 
+def _check_head(recipe: Recipe, teacher: Side) -> None:
+    """Refuses class scores of a teacher whose classifier was never trained."""
+    assert recipe.teacher is not None
+    if not teacher.fresh_head or recipe.teacher.train is not None:
+        return
+    tapped = recipe.taps is None or "" in recipe.taps.values()
+    logits = [name for name in recipe.method if tapped and method_class(name).uses_logits]
+    if logits:
+        raise UserError(
+            f"teacher '{teacher.name}': its weights are for other classes, so its class scores, which method "
+            f"'{logits[0]}' distils, mean nothing; add teacher.train.epochs=10, say, or tap features only"
+        )
+
+
 def build_side(wanted: ModelRecipe, data: Data) -> Side:
-    """A model with its weights and its way of seeing pictures."""
-    model = models.build(wanted.model, num_classes=data.num_classes, image_shape=data.image_shape)
-    prepare = models.Preprocess(wanted.mean or data.mean, wanted.std or data.std, _size(wanted.size))
-    side = Side(wanted.model, model, prepare)
+    """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order."""
+    local = wanted.weights is not None and is_local(wanted.weights)
+    published = None if local else wanted.weights
+    wants = models.wants(wanted.model, published)
+    told = description(wanted.weights) if wanted.weights is not None and local else {}
+    size = wanted.size or (told.get("size") or [None])[0] or wants.size
+    channels, height, width = data.image_shape
+    shape = (wants.channels or channels, size or height, size or width)
+    mean = wanted.mean or told.get("mean") or wants.mean or data.mean
+    std = wanted.std or told.get("std") or wants.std or data.std
+    model = models.build(
+        wanted.model, num_classes=data.num_classes, image_shape=shape, options=wanted.options
+    )
+    resized = None if size is None or (size, size) == (height, width) else (size, size)
+    side = Side(wanted.model, model, models.Preprocess(mean, std, resized, channels=shape[0]))
+    if resized is not None:
+        side.notes.append(f"pictures of {height}x{width} resized to {size}x{size}")
     if wanted.weights is not None:
-        side.notes.append(load_weights(model, wanted.weights, name=wanted.model))
+        _load(side, wanted.weights, published, data.num_classes)
     return side
 
 
-def _size(size: int | None) -> tuple[int, int] | None:
-    return None if size is None else (size, size)
+def _load(side: Side, weights: str, published: str | None, num_classes: int | None) -> None:
+    if published is None:
+        loaded = load_weights(side.model, weights, name=side.name, num_classes=num_classes)
+    else:
+        state = models.published_state(side.name, published)
+        loaded = load_state(side.model, state, published, name=side.name, num_classes=num_classes)
+    side.weights, side.fresh_head = weights, loaded.fresh_head
+    side.notes.append(loaded.note)
 
 
 @torch.no_grad()
-def evaluate(side: Side, task: Task, loader: Loader) -> dict[str, float]:
-    """The task's figures, 0 to 1, of a model over a whole split, in the precision of its weights."""
-    training = side.model.training
-    side.model.eval()
+def evaluate(side: Side, task: Task, loader: Loader, reference: Side | None = None) -> dict[str, float]:
+    """The task's figures, 0 to 1, of a model over a whole split, in the precision of its weights.
+
+    Args:
+        side: the model.
+        task: computes the figures.
+        loader: of the split.
+        reference: the model whose answers stand for the labels where the pictures carry none.
+
+    Raises:
+        UserError: the pictures carry no labels, and there is no reference.
+    """
+    modes = [(s.model, s.model.training) for s in (side, reference) if s is not None]
+    for model, _ in modes:
+        model.eval()
     metrics = task.metrics().to(loader.device)
     for batch in loader.epoch():
+        if batch.targets is None:
+            if reference is None:
+                raise UserError("the test pictures carry no labels, and there is no teacher to agree with")
+            batch = batch._replace(targets=task.answers(reference.forward(task, batch)))
         task.update(metrics, side.forward(task, batch), batch)
-    side.model.train(training)
+    for model, training in modes:
+        model.train(training)
     return {name: float(value) for name, value in metrics.compute().items()}
 
 

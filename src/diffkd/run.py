@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffkd.errors import UserError
@@ -132,18 +132,6 @@ class RunFolder:
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         write_atomically(self.student_file, lambda place: save_file(_unshared(tensors), place))
         self.write_text("student/config.json", json.dumps(config, indent=2) + "\n")
-
-    def read_student(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights and description of the student as it ships.
-
-        Raises:
-            UserError: there is none, or it is damaged.
-        """
-        config = self.path / "student" / "config.json"
-        try:
-            return load_file(self.student_file), json.loads(config.read_text())
-        except Exception as error:
-            raise UserError(f"'{self.student_file}' cannot be read: {error}") from error
 
     # --- checkpoints -----------------------------------------------------------------------------
 

@@ -51,8 +51,13 @@ class Trainer:
         if fabric.is_global_zero:
             check_folder(self.folder, recipe)
         seed_everything(recipe.seed)
+        if recipe.data.options.get("labels") == "none" and not recipe.method:
+            raise UserError(
+                "data.labels=none without a method to distil with: there is nothing to learn from"
+            )
         self.parts = parts = assemble(recipe, with_teacher=bool(recipe.method))
         sample = parts.sample(2)
+        self.agreement = sample.targets is None
         check_outputs(parts, sample)
         self.ema = None
         if recipe.trainer.ema is not None:
@@ -158,7 +163,7 @@ class Trainer:
         parts = self.parts
         if parts.teacher is None:
             return None
-        figures = evaluate(parts.teacher, parts.task, self.test_loader)
+        figures = evaluate(parts.teacher, parts.task, self.test_loader, parts.teacher)
         score, chance = figures[parts.task.metric], parts.task.chance
         if chance is not None and score < 2 * chance:
             self.reporter.warn(
@@ -262,7 +267,7 @@ class Trainer:
         if self.fabric.world_size > 1:
             for buffer in self.shipped.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return evaluate(self.shipped, self.parts.task, self.test_loader)
+        return evaluate(self.shipped, self.parts.task, self.test_loader, self.parts.teacher)
 
     # --- saving ----------------------------------------------------------------------------------
 
@@ -357,7 +362,8 @@ class Trainer:
             "methods": list(self.recipe.method),
             "seed": self.recipe.seed,
             "metric": task.metric,
-            "metric_label": task.metric_label,
+            "agreement": self.agreement,
+            "metric_label": task.metric_label + (" agreement with the teacher" if self.agreement else ""),
             "last": figures,
             "best": {name: best[name] for name in figures} | {"epoch": int(best["epoch"])},
             "student": {"model": parts.student.name, **parts.cost(self.shipped).as_dict()},
@@ -371,6 +377,7 @@ class Trainer:
         if parts.teacher is not None and teacher is not None:
             summary["teacher"] = {
                 "model": parts.teacher.name,
+                "weights": parts.teacher.weights,
                 **teacher,
                 **parts.cost(parts.teacher).as_dict(),
             }
@@ -400,8 +407,9 @@ def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
     trainer = Trainer(recipe, fabric, reporter)
     if trainer.parts.teacher is not None and recipe.teacher is not None and recipe.teacher.train is not None:
         made = make_teacher(recipe, fabric, reporter)
-        note = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
-        trainer.parts.teacher.notes.append(note)
+        loaded = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
+        trainer.parts.teacher.notes.append(loaded.note)
+        trainer.parts.teacher.weights = str(made.student_file.absolute())
     return trainer.run()
 
 

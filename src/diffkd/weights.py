@@ -1,6 +1,9 @@
 """Weights from a file into a model, with an account of what matched."""
 
+import json
 import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +13,75 @@ from torch import Tensor, nn
 
 from diffkd.errors import UserError
 
-PREFIXES = ("module.", "model.", "_orig_mod.", "student.", "backbone.", "net.")
-NESTS = ("state_dict", "model", "model_state_dict", "net", "module", "state_dict_ema", "model_ema", "ema")
+PREFIXES = ("module.", "model.", "_orig_mod.", "student.", "backbone.", "net.", "encoder.")
+# Where checkpoints keep their tensors; averaged ones come first, for they are what their makers evaluate.
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+NESTS = (*AVERAGED, "state_dict", "model", "model_state_dict", "net", "module")
 
 
-def load_weights(model: nn.Module, source: str | Path, *, name: str, replace_head: bool = False) -> str:
-    """Loads weights and says in one line what matched. On an error the model is unchanged.
+@dataclass(frozen=True)
+class Loaded:
+    """What became of a file of weights.
+
+    Attributes:
+        note: one line that says what matched.
+        fresh_head: the classifier is for another number of classes and stayed as it was.
+    """
+
+    note: str
+    fresh_head: bool = False
+
+
+def load_weights(
+    model: nn.Module, source: str | Path, *, name: str, num_classes: int | None = None
+) -> Loaded:
+    """Loads a file's weights and says what matched. On an error the model is unchanged.
 
     Args:
         model: takes the weights.
         source: `.safetensors`, or a PyTorch file (`weights_only`), or a run folder.
         name: what errors call the model.
-        replace_head: a classifier of another size stays fresh, and that is said.
+        num_classes: a classifier of so many classes stays fresh where the file's has another number;
+            None refuses such a file.
 
     Raises:
         UserError: the file cannot be read, may run code, or does not fit.
     """
-    place = _place(Path(source))
-    found = _strip(read_weights(place), model)
+    place = weights_file(source)
+    tensors, nest = read_weights(place)
+    nested = f" ('{nest}', averaged weights)" if nest in AVERAGED else ""
+    return load_state(model, tensors, f"{place.name}{nested}", name=name, num_classes=num_classes)
+
+
+def load_state(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: str, *, name: str, num_classes: int | None = None
+) -> Loaded:
+    """As `load_weights`, for tensors at hand; `source` is what the account calls them."""
+    found = _strip(dict(tensors), model)
     wanted = model.state_dict()
+    head = _other_head(found, wanted, num_classes)
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in found if k not in wanted]
-    shapes = [k for k in found if k in wanted and found[k].shape != wanted[k].shape]
+    shapes = [k for k in found if k in wanted and k not in head and found[k].shape != wanted[k].shape]
     if missing or unexpected or shapes:
-        raise UserError(f"'{place}' does not fit {name}: {_misfit(missing, unexpected, shapes)}")
-    model.load_state_dict(found, strict=False)
-    return f"{place.name}: {len(found)} of {len(wanted)} tensors"
+        raise UserError(f"'{source}' does not fit {name}: {_misfit(missing, unexpected, shapes)}")
+    model.load_state_dict({k: v for k, v in found.items() if k not in head}, strict=False)
+    note = f"{source}: {len(found) - len(head)} of {len(wanted)} tensors"
+    if head:
+        note += f"; fresh head ({', '.join(head)}) for {num_classes} instead of {len(found[head[0]])} classes"
+    return Loaded(note, bool(head))
+
+
+def _other_head(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], num_classes: int | None
+) -> list[str]:
+    """Keys of a classifier of another size: all else alike, and as many outputs as there are classes."""
+    keys = [k for k in found if k in wanted and found[k].shape != wanted[k].shape]
+    fits = all(
+        wanted[k].dim() and len(wanted[k]) == num_classes and found[k].shape[1:] == wanted[k].shape[1:]
+        for k in keys
+    )
+    return keys if fits and len({len(found[k]) for k in keys}) == 1 else []
 
 
 def _misfit(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
@@ -46,7 +92,21 @@ def _misfit(missing: list[str], unexpected: list[str], shapes: list[str]) -> str
     return "; ".join(parts)
 
 
-def _place(source: Path) -> Path:
+def is_local(source: str) -> bool:
+    """Whether `weights` means a place on disk, and not the name of published weights."""
+    return Path(source).exists() or "/" in source or Path(source).suffix in _ENDINGS
+
+
+_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar")
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file that a path means: itself, or the student of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    source = Path(source)
     for inside in (source / "student" / "model.safetensors", source / "model.safetensors"):
         if inside.is_file():
             return inside
@@ -55,11 +115,25 @@ def _place(source: Path) -> Path:
     return source
 
 
-def read_weights(place: Path) -> dict[str, Tensor]:
-    """Tensors by name, out of whatever mapping they are nested in."""
+def description(source: str | Path) -> dict[str, Any]:
+    """What the `config.json` of a student that was trained here says of it; empty where there is none."""
+    place = weights_file(source).with_name("config.json")
+    try:
+        found = json.loads(place.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "image_shape" in found else {}
+
+
+def read_weights(place: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and the innermost name of the mappings that they were nested in.
+
+    Raises:
+        UserError: the file cannot be read, may run code, or holds no tensors.
+    """
     try:
         if place.suffix == ".safetensors":
-            return load_file(place)
+            return load_file(place), ""
         content: Any = torch.load(place, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -68,21 +142,24 @@ def read_weights(place: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise UserError(f"'{place}' cannot be read: {str(error).splitlines()[0]}") from error
+    name = ""
     while isinstance(content, dict) and (
-        nest := next((k for k in NESTS if isinstance(content.get(k), dict)), "")
+        nest := next((k for k in NESTS if isinstance(content.get(k), dict) and content[k]), "")
     ):
-        content = content[nest]
+        content, name = content[nest], nest if name not in AVERAGED else name
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    tensors.pop("n_averaged", None)
     if not tensors:
         raise UserError(f"'{place}' holds no weights")
-    return tensors
+    return tensors, name
 
 
 def _strip(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Without a common prefix, where the keys then fit better."""
+    """Without prefixes that all keys share and the model's do not, or without which more keys fit."""
     wanted = set(model.state_dict())
     for prefix in PREFIXES * 2:
         bare = {k.removeprefix(prefix): v for k, v in found.items()}
-        if len(wanted & bare.keys()) > len(wanted & found.keys()):
+        shared = all(k.startswith(prefix) for k in found) and not any(k.startswith(prefix) for k in wanted)
+        if shared or len(wanted & bare.keys()) > len(wanted & found.keys()):
             found = bare
     return found

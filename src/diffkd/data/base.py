@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
-from diffkd.names import is_path, load_object, load_submodule, submodules
+from diffkd.names import is_path, load_object, load_submodule, options_of, submodules
 from diffkd.randomness import mix
 
 
@@ -70,8 +71,8 @@ class Data:
 def builder(name: str) -> Callable[..., Data]:
     """The function that makes a data set: `build(root, *, option=...) -> Data`.
 
-    `name` is a file of this package (`digits`), a name that one of them lists in its `NAMES`
-    (its `build` then takes that name as the keyword `name`), or `my_package.my_module:build`.
+    `name` is a file of this package (`digits`), one of its data sets (`torchvision/Food101` is
+    `torchvision` with `dataset: Food101`), or `my_package.my_module:build`.
 
     Raises:
         UserError: nothing has that name; the nearest names are given.
@@ -81,8 +82,13 @@ def builder(name: str) -> Callable[..., Data]:
         if not callable(found):
             raise UserError(f"data '{name}' is not a function")
         return found  # type: ignore[no-any-return]
-    module = load_submodule("diffkd.data", name, "data set")
-    return module.build  # type: ignore[no-any-return]
+    source, slash, dataset = name.partition("/")
+    build = load_submodule("diffkd.data", source, "data set").build
+    if not slash:
+        return build  # type: ignore[no-any-return]
+    if "dataset" not in options_of(build):
+        raise UserError(f"data '{source}' is one data set: leave out '/{dataset}'")
+    return partial(build, dataset=dataset)
 
 
 def names() -> list[str]:
@@ -100,6 +106,7 @@ class Loader:
         split: the samples.
         batch_size: samples per batch and process.
         shuffle: a new order each epoch, and the last incomplete batch dropped (training).
+        finish: what is done to every batch last, with a generator (on the CPU) of its own: mixup, say.
         rank, world_size: this process's share: every `world_size`-th batch or sample.
         workers: loader processes of map-style data sets; batched splits need none.
 
@@ -117,6 +124,7 @@ class Loader:
         workers: int = 0,
         device: torch.device | None = None,
         collate: Callable[[list[Any]], Batch] | None = None,
+        finish: Callable[[Batch, torch.Generator], Batch] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -128,7 +136,7 @@ class Loader:
         self.device = device or torch.device("cpu")
         self.split = split.to(self.device) if isinstance(split, BatchedSplit) else split
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.finish = rank, world_size, finish
         self._plan = _Plan()
         self._workers: DataLoader[Any] | None = None
         if not isinstance(self.split, BatchedSplit):
@@ -148,6 +156,13 @@ class Loader:
 
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch `number`, from batch `start` on, on the loader's device."""
+        for position, batch in enumerate(self._batches(number, start), start):
+            if self.finish is not None:
+                seed = mix(self.seed, number, position, self.rank, 1)
+                batch = self.finish(batch, torch.Generator().manual_seed(seed))
+            yield batch
+
+    def _batches(self, number: int, start: int) -> Iterator[Batch]:
         share = self._share(number)
         cuts = range(start * self.batch_size, len(self) * self.batch_size, self.batch_size)
         chunks = [share[cut : cut + self.batch_size] for cut in cuts]

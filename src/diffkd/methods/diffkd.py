@@ -12,6 +12,7 @@ from torch.func import functional_call
 from diffkd.batch import Batch
 from diffkd.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
 from diffkd.errors import UserError, nearest
+from diffkd.layers import conv, norm
 from diffkd.losses import kl_divergence, precise, resize
 from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing
 
@@ -92,13 +93,13 @@ class DiffKD(nn.Module):
         self.train_timesteps, self.distance = train_timesteps, distance
         self.detach_denoiser, self.temperature = detach_denoiser, temperature
         width = self.channels
-        self.align = _conv(spatial_dims, student_channels, width)
+        self.align = conv(spatial_dims, student_channels, width)
         self.autoencoder = None
         if latent_channels is not None:
             self.autoencoder = Autoencoder(spatial_dims, teacher_channels, latent_channels)
         self.denoiser = Denoiser(spatial_dims, width, train_timesteps)
         self.noise_matcher = NoiseMatcher(spatial_dims, width)
-        self.projection = nn.Sequential(_conv(spatial_dims, width, width), _norm(spatial_dims, width))
+        self.projection = nn.Sequential(conv(spatial_dims, width, width), norm(spatial_dims, width))
         self._schedule()
         steps = ddim_timesteps(num_steps, start_timestep)
         alphas = [*alpha_bars(train_timesteps)[steps].tolist(), 1.0]
@@ -261,8 +262,8 @@ class Autoencoder(nn.Module):
 
     def __init__(self, dims: int, teacher_channels: int, channels: int) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(_conv(dims, teacher_channels, channels), _norm(dims, channels))
-        self.decoder = _conv(dims, channels, teacher_channels)
+        self.encoder = nn.Sequential(conv(dims, teacher_channels, channels), norm(dims, channels))
+        self.decoder = conv(dims, channels, teacher_channels)
 
     def forward(self, feature: Tensor) -> Tensor:
         """The feature rebuilt."""
@@ -283,14 +284,14 @@ class Bottleneck(nn.Module):
         super().__init__()
         middle = max(1, channels // reduction)
         self.body = nn.Sequential(
-            _conv(dims, channels, middle),
-            _norm(dims, middle),
+            conv(dims, channels, middle),
+            norm(dims, middle),
             nn.ReLU(),
-            _conv(dims, middle, middle, 3),
-            _norm(dims, middle),
+            conv(dims, middle, middle, 3),
+            norm(dims, middle),
             nn.ReLU(),
-            _conv(dims, middle, channels),
-            _norm(dims, channels),
+            conv(dims, middle, channels),
+            norm(dims, channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -358,44 +359,12 @@ class DiffKDMethod(Method):
         return losses
 
 
-class _Norm:
-    """BatchNorm that falls back to its running statistics where there is one value per channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.numel() == x.shape[1]:  # type: ignore[attr-defined]
-            self.eval()  # type: ignore[attr-defined]
-            out = super().forward(x)  # type: ignore[misc]
-            self.train()  # type: ignore[attr-defined]
-            return out  # type: ignore[no-any-return]
-        return super().forward(x)  # type: ignore[misc,no-any-return]
-
-
-class _Norm1d(_Norm, nn.BatchNorm1d): ...
-
-
-class _Norm2d(_Norm, nn.BatchNorm2d): ...
-
-
-class _Norm3d(_Norm, nn.BatchNorm3d): ...
-
-
-def _norm(dims: int, channels: int) -> nn.Module:
-    return (_Norm1d, _Norm1d, _Norm2d, _Norm3d)[dims](channels)
-
-
-def _conv(dims: int, inputs: int, outputs: int, kernel: int = 1) -> nn.Module:
-    """A convolution of that rank that keeps the size; for vectors a linear layer."""
-    if dims == 0:
-        return nn.Linear(inputs, outputs)
-    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, kernel, padding=kernel // 2)
-
-
 def _map_denoiser(dims: int, channels: int) -> nn.Module:
     return nn.Sequential(
         Bottleneck(dims, channels, 4),
         Bottleneck(dims, channels, 4),
-        _conv(dims, channels, channels),
-        _norm(dims, channels),
+        conv(dims, channels, channels),
+        norm(dims, channels),
     )
 
 
@@ -403,17 +372,17 @@ def _vector_denoiser(channels: int) -> nn.Module:
     wide = 4 * channels
     return nn.Sequential(
         *_hidden_layer(channels, wide),
-        _norm(0, channels),
+        norm(0, channels),
         *_hidden_layer(channels, wide),
     )
 
 
 def _vector_matcher(channels: int) -> nn.Module:
-    return nn.Sequential(*_hidden_layer(channels, 2 * channels), _norm(0, channels))
+    return nn.Sequential(*_hidden_layer(channels, 2 * channels), norm(0, channels))
 
 
 def _hidden_layer(channels: int, wide: int) -> tuple[nn.Module, ...]:
-    return nn.Linear(channels, wide), _norm(0, wide), nn.ReLU(), nn.Linear(wide, channels)
+    return nn.Linear(channels, wide), norm(0, wide), nn.ReLU(), nn.Linear(wide, channels)
 
 
 def _check(student: int, teacher: int, latent: int | None, dims: int) -> None:

@@ -1,18 +1,42 @@
 """From a model's name to a module, and the pictures as that module wants them."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.errors import UserError
+from diffkd.errors import UserError, nearest
 from diffkd.names import is_path, load_object, load_submodule, submodules
 
 
-def build(name: str, *, num_classes: int | None, image_shape: tuple[int, int, int]) -> nn.Module:
+@dataclass(frozen=True)
+class Wants:
+    """What a model needs to see, where it does not take pictures as they come.
+
+    Attributes:
+        size: pixels of the side of its pictures; None takes any size.
+        mean, std: per channel, on the scale 0 to 1, that its published weights were made with.
+        channels: of its pictures; None takes any number.
+    """
+
+    size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels: int | None = None
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int | None,
+    image_shape: tuple[int, int, int],
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """A model with fresh weights.
 
     Args:
@@ -20,15 +44,50 @@ def build(name: str, *, num_classes: int | None, image_shape: tuple[int, int, in
             (called with those of `num_classes`, `in_channels` and `image_size` that it takes).
         num_classes: size of the model's head; None where the task has no classes.
         image_shape: `(C, H, W)` of the pictures it will see.
+        options: further arguments of the model.
 
     Raises:
-        UserError: no such source or model; the nearest names are given.
+        UserError: no such source or model; the nearest names are given; or an option is not taken.
     """
     known: dict[str, Any] = {"in_channels": image_shape[0], "image_size": image_shape[1:]}
     if num_classes is not None:
         known["num_classes"] = num_classes
+    options = dict(options or {})
     if is_path(name):
-        return _build_outside(name, known)
+        return _build_outside(name, known, options)
+    source, model = _source(name)
+    if options and not _open_ended(source.build):
+        _check_options(name, source.build, options)
+    return source.build(model, **{**known, **options})  # type: ignore[no-any-return]
+
+
+def wants(name: str, weights: str | None) -> Wants:
+    """What a model needs to see.
+
+    Args:
+        name: as for `build`.
+        weights: name of published weights; None for fresh or local ones.
+    """
+    if is_path(name):
+        return Wants()
+    source, model = _source(name)
+    found = getattr(source, "wants", None)
+    return Wants() if found is None else found(model, weights)
+
+
+def published_state(name: str, weights: str) -> dict[str, Tensor]:
+    """Published weights of a model by their name, fetched by the source's own library.
+
+    Raises:
+        UserError: there are none of that name, or they cannot be fetched.
+    """
+    fetch = None if is_path(name) else getattr(_source(name)[0], "state", None)
+    if fetch is None:
+        raise UserError(f"no weights file '{weights}', and '{name}' has no published weights")
+    return fetch(_source(name)[1], weights)  # type: ignore[no-any-return]
+
+
+def _source(name: str) -> tuple[ModuleType, str]:
     source, slash, model = name.partition("/")
     if not slash:
         raise UserError(
@@ -36,20 +95,32 @@ def build(name: str, *, num_classes: int | None, image_shape: tuple[int, int, in
             + ", ".join(f"'{s}/{name}'" for s in submodules("diffkd.models"))
             + " or 'my_module:function'"
         )
-    module = load_submodule("diffkd.models", source, "model source")
-    return module.build(model, **known)  # type: ignore[no-any-return]
+    return load_submodule("diffkd.models", source, "model source"), model
 
 
-def _build_outside(name: str, known: dict[str, Any]) -> nn.Module:
+def _build_outside(name: str, known: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     function = load_object(name)
     if not callable(function):
         raise UserError(f"model '{name}' is not a function or class")
     takes = inspect.signature(function).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    model = function(**{k: v for k, v in known.items() if open_ended or k in takes})
+    if not _open_ended(function):
+        _check_options(name, function, options)
+        known = {k: v for k, v in known.items() if k in takes}
+    model = function(**{**known, **options})
     if not isinstance(model, nn.Module):
         raise UserError(f"model '{name}' returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _open_ended(function: Any) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def _check_options(name: str, function: Any, options: Mapping[str, Any]) -> None:
+    takes = [n for n in inspect.signature(function).parameters if n != "name"]
+    for option in options:
+        if option not in takes:
+            raise UserError(f"model '{name}' takes no option '{option}'{nearest(option, takes)}")
 
 
 class Preprocess(nn.Module):
@@ -60,6 +131,7 @@ class Preprocess(nn.Module):
     Args:
         mean, std: per channel, on the scale 0 to 1.
         size: `(H, W)` to resize to (bilinear, antialiased); None keeps the size.
+        channels: that the model takes: grey pictures are repeated; None takes them as they come.
 
     >>> Preprocess((0.5,), (0.5,))(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)).max()
     tensor(1.)
@@ -69,12 +141,18 @@ class Preprocess(nn.Module):
     std: Tensor
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], size: tuple[int, int] | None = None
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: tuple[int, int] | None = None,
+        channels: int | None = None,
     ) -> None:
         super().__init__()
         self.size = size
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            values = [*values] * (channels or 1) if len(values) == 1 else values
+            # a grey picture minus three means is a picture of three channels
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """`(B, C, H, W)`, or a list of `(C, H, W)`, uint8 or float in 0 to 1, to normalised float."""

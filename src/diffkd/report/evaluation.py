@@ -1,12 +1,13 @@
 """A finished run's student, measured again."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from diffkd.assembly import assemble, evaluate
 from diffkd.randomness import cpu_threads
-from diffkd.recipe import load
+from diffkd.recipe import Recipe, load
 from diffkd.report.summary import percent
 from diffkd.run import RunFolder
 
@@ -19,15 +20,24 @@ def evaluate_run(path: str) -> Iterator[str]:
     """
     folder = RunFolder(path)
     summary = folder.read_summary()
-    weights, _ = folder.read_student()
     recipe = load(str(folder.recipe_file))
-    parts = assemble(recipe, with_teacher=False)
-    parts.student.model.load_state_dict(weights)
+    parts = assemble(_as_trained(recipe, folder, summary), with_teacher=summary["agreement"])
     device = torch.device(summary["device"] if torch.cuda.is_available() else "cpu")
     loader = parts.loader(parts.data.test, shuffle=False, device=device)
     with cpu_threads(recipe.trainer.threads):
-        figures = evaluate(parts.student.to(device), parts.task, loader)
+        figures = evaluate(
+            parts.student.to(device), parts.task, loader, parts.teacher and parts.teacher.to(device)
+        )
     for name, value in figures.items():
         recorded = summary["last"].get(name)
         agrees = "as recorded" if value == recorded else f"recorded: {recorded!r}"
         yield f"{name} {value!r} ({percent(value)}, {agrees})"
+
+
+def _as_trained(recipe: Recipe, folder: RunFolder, summary: dict[str, Any]) -> Recipe:
+    """The recipe with the weights that the run ended with."""
+    found = {"student": recipe.student.model_copy(update={"weights": str(folder.path)})}
+    if summary["agreement"] and recipe.teacher is not None:
+        weights = {"weights": summary["teacher"]["weights"], "train": None}
+        found["teacher"] = recipe.teacher.model_copy(update=weights)
+    return recipe.model_copy(update=found)

@@ -8,6 +8,7 @@ from torchmetrics import MetricCollection
 
 from diffkd.batch import Batch
 from diffkd.data.base import Data
+from diffkd.errors import UserError
 from diffkd.names import load_class
 
 
@@ -46,6 +47,14 @@ class Task(ABC):
     @abstractmethod
     def update(self, metrics: MetricCollection, output: Any, batch: Batch) -> None:
         """Counts one batch in."""
+
+    def answers(self, output: Any) -> Any:
+        """What a model's output says the targets are, to measure agreement where there are no labels.
+
+        Raises:
+            UserError: the task cannot tell.
+        """
+        raise UserError(f"task '{type(self).__name__}' needs labelled test data")
 
     @property
     def chance(self) -> float | None:

@@ -58,6 +58,10 @@ class Classification(Task):
         """Counts the logits of one batch in."""
         metrics.update(output, batch.targets)
 
+    def answers(self, output: Tensor) -> Tensor:
+        """The classes with the highest scores, `(B,)`."""
+        return output.argmax(1)
+
     @property
     def chance(self) -> float | None:
         """One class in K."""

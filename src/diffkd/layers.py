@@ -1,0 +1,78 @@
+"""Layers and reductions for `(B, C, *S)`: vectors, sequences, maps and volumes alike."""
+
+import torch
+from torch import Tensor, nn
+
+
+class _Norm:
+    """BatchNorm that falls back to its running statistics where there is one value per channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:  # type: ignore[attr-defined]
+            self.eval()  # type: ignore[attr-defined]
+            out = super().forward(x)  # type: ignore[misc]
+            self.train()  # type: ignore[attr-defined]
+            return out  # type: ignore[no-any-return]
+        return super().forward(x)  # type: ignore[misc,no-any-return]
+
+
+class _Norm1d(_Norm, nn.BatchNorm1d): ...
+
+
+class _Norm2d(_Norm, nn.BatchNorm2d): ...
+
+
+class _Norm3d(_Norm, nn.BatchNorm3d): ...
+
+
+def norm(dims: int, channels: int) -> nn.Module:
+    """BatchNorm for features of so many spatial axes; one value per channel is not refused.
+
+    >>> norm(0, 4)(torch.rand(1, 4)).shape
+    torch.Size([1, 4])
+    """
+    return (_Norm1d, _Norm1d, _Norm2d, _Norm3d)[dims](channels)
+
+
+def conv(dims: int, inputs: int, outputs: int, kernel: int = 1) -> nn.Module:
+    """A convolution of that rank that keeps the size; for vectors a linear layer.
+
+    >>> conv(1, 3, 5, kernel=3)(torch.rand(2, 3, 7)).shape
+    torch.Size([2, 5, 7])
+    """
+    if dims == 0:
+        return nn.Linear(inputs, outputs)
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, kernel, padding=kernel // 2)
+
+
+def pooled(feature: Tensor) -> Tensor:
+    """Mean over the positions: `(B, C, *S)` to `(B, C)`.
+
+    >>> pooled(torch.ones(2, 3, 4, 4)).shape
+    torch.Size([2, 3])
+    """
+    return feature.flatten(2).mean(2) if feature.dim() > 2 else feature
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors `(..., D)` divided by their lengths; a zero vector stays one, and its gradient is finite.
+
+    >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    # Division by a tiny number instead would blow the gradient of a dead feature up to 1e12.
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(length > 0, length, 1)
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """Of all rows of two matrices: `(..., N, D)` and `(..., M, D)` to `(..., N, M)`, in their own precision.
+
+    >>> inner_products(torch.eye(2), torch.ones(1, 2))
+    tensor([[1.],
+            [1.]])
+    """
+    # Autocast would take the product in half precision, whatever the precision of its inputs.
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.mT

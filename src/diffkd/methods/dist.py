@@ -1,0 +1,88 @@
+"""DIST: Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022, arXiv 2205.10536)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffkd.batch import Batch
+from diffkd.losses import check_classes, check_not_negative, check_positive, precise, to_common_size
+from diffkd.methods.base import Method, Setup, check_pair, needed_logits
+
+
+class DIST(Method):
+    """Correlation of softened class scores with the teacher's, along the classes and along the batch.
+
+    Huang et al., NeurIPS 2022, arXiv 2205.10536. With P the softmax at temperature tau, `(B, K)`, and
+    r Pearson's correlation, the losses are
+
+        inter = beta tau^2 (1 - mean over samples of r(P_student[b, :], P_teacher[b, :]))
+        intra = gamma tau^2 (1 - mean over classes of r(P_student[:, k], P_teacher[:, k])).
+
+    For CIFAR-100 beta and gamma are 2, the temperature 4, and the weight beside the labels' loss 1; for
+    ImageNet the temperature is 1. Each position of a dense prediction is a sample of its own. With
+    a single sample there is no intra-class relation, and its loss is a constant.
+
+    Args:
+        setup: what the run taps.
+        beta: weight of the inter-class relation.
+        gamma: weight of the intra-class relation.
+        temperature: tau, which the scores are divided by.
+
+    Raises:
+        UserError: no class scores are tapped, or an option is impossible.
+
+    >>> from torch import nn
+    >>> from diffkd import Distiller
+    >>> def net(c):
+    ...     return nn.Sequential(nn.Conv2d(3, c, 3), nn.Flatten(), nn.Linear(36 * c, 5))
+    >>> distiller = Distiller(net(4), net(8), {"": ""}, "dist", torch.rand(2, 3, 8, 8))
+    >>> sorted(distiller(torch.rand(2, 3, 8, 8)))
+    ['dist.output.inter', 'dist.output.intra']
+    """
+
+    stages = "none"
+
+    def __init__(
+        self, setup: Setup, *, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0
+    ) -> None:
+        super().__init__()
+        check_not_negative(beta=beta, gamma=gamma)
+        check_positive(temperature=temperature)
+        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+        pairs = needed_logits(setup, "dist")
+        self.names = [pair.name for pair in pairs]
+        for pair in pairs:
+            check_pair(pair, "dist")
+            check_classes(pair.name, pair.teacher.channels)
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Both relations, by pair."""
+        losses: dict[str, Tensor] = {}
+        scale = self.temperature**2
+        for name in self.names:
+            sized = to_common_size(precise(student[name]), precise(teacher[name]))
+            ours, theirs = (_one_per_row(logits / self.temperature).softmax(1) for logits in sized)
+            losses[f"{name}.inter"] = self.beta * scale * (1 - correlation(ours, theirs, 1).mean())
+            losses[f"{name}.intra"] = self.gamma * scale * (1 - correlation(ours, theirs, 0).mean())
+        return losses
+
+
+def correlation(a: Tensor, b: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
+    """Pearson's correlation along an axis; 0 where a tensor does not vary.
+
+    >>> a = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> round(correlation(a, 1 - 2 * a, 1).item(), 4)
+    -1.0
+    """
+    a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
+    length_a, length_b = (torch.linalg.vector_norm(x, dim=dim) for x in (a, b))
+    found: Tensor = (a * b).sum(dim) / (length_a * length_b + eps)
+    return found
+
+
+def _one_per_row(logits: Tensor) -> Tensor:
+    """`(B, K, *S)` as `(B * S, K)`."""
+    return logits.movedim(1, -1).flatten(0, -2)

@@ -1,0 +1,108 @@
+"""DKD: Decoupled Knowledge Distillation (Zhao et al., CVPR 2022, arXiv 2203.08679)."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffkd.batch import Batch
+from diffkd.losses import (
+    check_classes,
+    check_not_negative,
+    check_positive,
+    hard_targets,
+    masked_mean,
+    precise,
+    standardize,
+    to_common_size,
+)
+from diffkd.methods.base import Method, Setup, check_pair, needed_logits
+
+
+class DKD(Method):
+    """KD in two parts of free weight: the target class against the rest, and the rest among themselves.
+
+    Zhao et al., CVPR 2022, arXiv 2203.08679. With b = (p_target, 1 - p_target), and q the softmax over
+    the other classes, both at a temperature tau, the losses are
+
+        target = alpha tau^2 KL(b_teacher || b_student)
+        non_target = beta tau^2 KL(q_teacher || q_student).
+
+    For CIFAR-100 (ResNet-32x4 to ResNet-8x4) alpha is 1, beta 8, the temperature 4, and the weight
+    beside the labels' loss 1. The published runs warm the method's weight up over 20 epochs, which is
+    left out here. The target class is the label's; of class probabilities the largest; the teacher's
+    where there are no labels. Void pixels of label maps are left out; maps of another size than the
+    scores are brought to theirs.
+
+    Args:
+        setup: what the run taps.
+        alpha: weight of the target class's part.
+        beta: weight of the other classes' part.
+        temperature: tau, which the scores are divided by.
+        standardize: brings each sample's scores to mean 0 and standard deviation 1 first (Sun et al.,
+            CVPR 2024, arXiv 2403.01427).
+
+    Raises:
+        UserError: no class scores are tapped, an option is impossible, or (in the forward pass) the
+            targets are no class labels.
+
+    >>> from torch import nn
+    >>> from diffkd import Distiller
+    >>> def net(c):
+    ...     return nn.Sequential(nn.Conv2d(3, c, 3), nn.Flatten(), nn.Linear(36 * c, 5))
+    >>> distiller = Distiller(net(4), net(8), {"": ""}, "dkd", torch.rand(2, 3, 8, 8))
+    >>> sorted(distiller((torch.rand(2, 3, 8, 8), torch.tensor([0, 4]))))
+    ['dkd.output.non_target', 'dkd.output.target']
+    """
+
+    stages = "none"
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        standardize: bool = False,
+    ) -> None:
+        super().__init__()
+        check_not_negative(alpha=alpha, beta=beta)
+        check_positive(temperature=temperature)
+        self.alpha, self.beta = alpha, beta
+        self.temperature, self.standardize = temperature, standardize
+        pairs = needed_logits(setup, "dkd")
+        self.names = [pair.name for pair in pairs]
+        for pair in pairs:
+            check_pair(pair, "dkd")
+            check_classes(pair.name, pair.teacher.channels)
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Both parts, by pair."""
+        losses: dict[str, Tensor] = {}
+        for name in self.names:
+            ours, theirs = to_common_size(precise(student[name]), precise(teacher[name]))
+            labels, known = hard_targets(batch.targets, theirs)
+            binary, others = (
+                F.kl_div(a, b, reduction="none", log_target=True).sum(1)
+                for a, b in zip(self._decouple(ours, labels), self._decouple(theirs, labels), strict=True)
+            )
+            scale = self.temperature**2
+            losses[f"{name}.target"] = self.alpha * scale * masked_mean(binary, known)
+            losses[f"{name}.non_target"] = self.beta * scale * masked_mean(others, known)
+        return losses
+
+    def _decouple(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of target and rest `(B, 2, *S)`, and of the others among themselves."""
+        if self.standardize:
+            logits = standardize(logits)
+        log_probs = F.log_softmax(logits / self.temperature, dim=1)
+        classes = labels.unsqueeze(1)
+        target = log_probs.gather(1, classes)
+        # Not minus infinity, whose differences would be nan.
+        others = log_probs.scatter(1, classes, torch.finfo(log_probs.dtype).min)
+        rest = others.logsumexp(1, keepdim=True)
+        return torch.cat([target, rest], 1), others - rest

@@ -1,0 +1,67 @@
+"""KD: Distilling the Knowledge in a Neural Network (Hinton et al., 2015, arXiv 1503.02531)."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from diffkd.batch import Batch
+from diffkd.losses import (
+    check_classes,
+    check_positive,
+    kl_divergence,
+    precise,
+    standardize,
+    to_common_size,
+)
+from diffkd.methods.base import Method, Setup, check_pair, needed_logits
+
+
+class KD(Method):
+    """KL divergence of the teacher's softened class scores from the student's, times temperature squared.
+
+    Hinton et al., 2015, arXiv 1503.02531; standardized scores: Sun et al., CVPR 2024, arXiv 2403.01427.
+    As usually published for CIFAR-100: temperature 4, weight 0.9 with 0.1 for the labels' loss;
+    standardized: temperature 2, weight 9 with 0.1 for the labels' loss.
+
+    Args:
+        setup: what the run taps.
+        temperature: tau, which the scores are divided by.
+        standardize: brings each sample's scores to mean 0 and standard deviation 1 first, so that the
+            student need not match their range.
+
+    Raises:
+        UserError: no class scores are tapped, or an option is impossible.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from diffkd import Distiller
+    >>> def net(c):
+    ...     return nn.Sequential(nn.Conv2d(3, c, 3), nn.Flatten(), nn.Linear(36 * c, 5))
+    >>> distiller = Distiller(net(4), net(8), {"": ""}, "kd", torch.rand(2, 3, 8, 8))
+    >>> sorted(distiller(torch.rand(2, 3, 8, 8)))
+    ['kd.output.kd']
+    """
+
+    stages = "none"
+
+    def __init__(self, setup: Setup, *, temperature: float = 4.0, standardize: bool = False) -> None:
+        super().__init__()
+        check_positive(temperature=temperature)
+        self.temperature, self.standardize = temperature, standardize
+        pairs = needed_logits(setup, "kd")
+        self.names = [pair.name for pair in pairs]
+        for pair in pairs:
+            check_pair(pair, "kd")
+            check_classes(pair.name, pair.teacher.channels)
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """The divergence, by pair."""
+        losses: dict[str, Tensor] = {}
+        for name in self.names:
+            ours, theirs = to_common_size(precise(student[name]), precise(teacher[name]))
+            if self.standardize:
+                ours, theirs = standardize(ours), standardize(theirs)
+            losses[f"{name}.kd"] = kl_divergence(ours, theirs, self.temperature)
+        return losses

@@ -1,0 +1,67 @@
+"""PKT: Probabilistic Knowledge Transfer (Passalis and Tefas, ECCV 2018, arXiv 1803.10837)."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from diffkd.batch import Batch
+from diffkd.layers import inner_products, pooled, unit
+from diffkd.losses import check_positive, precise
+from diffkd.methods.base import Method, Setup, needed_features
+
+
+class PKT(Method):
+    """How probably each sample of a batch would pick each other as its neighbour, as for the teacher.
+
+    Passalis and Tefas, ECCV 2018, arXiv 1803.10837. With f the features' means over the positions, and
+    K_ij = (cos(f_i, f_j) + 1) / 2, the probabilities are P_ij = K_ij / sum_j K_ij, and the loss is
+
+        kd = mean over all i and j of P_teacher log((P_teacher + eps) / (P_student + eps)).
+
+    The paper sums where its code takes the mean; the weight for CIFAR-100, 30000, goes with the mean.
+    With a single sample the loss is 0.
+
+    Args:
+        setup: what the run taps.
+        eps: keeps the logarithm finite.
+
+    Raises:
+        UserError: no feature is tapped, the two of a pair are of different kinds, or eps is not
+            positive.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from diffkd import Distiller
+    >>> def net(c):
+    ...     return nn.Sequential(nn.Conv2d(3, c, 3), nn.Flatten(), nn.Linear(36 * c, 5))
+    >>> distiller = Distiller(net(4), net(8), {"0": "0"}, "pkt", torch.rand(2, 3, 8, 8))
+    >>> sorted(distiller(torch.rand(2, 3, 8, 8)))
+    ['pkt.0.kd']
+    """
+
+    stages, uses_logits = "last", False
+
+    def __init__(self, setup: Setup, *, eps: float = 1e-7) -> None:
+        super().__init__()
+        check_positive(eps=eps)
+        self.eps = eps
+        self.names = [pair.name for pair in needed_features(setup, "pkt")]
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """The divergence, by pair."""
+        losses: dict[str, Tensor] = {}
+        for name in self.names:
+            ours, theirs = _neighbours(student[name]), _neighbours(teacher[name].detach())
+            divergence = theirs * ((theirs + self.eps) / (ours + self.eps)).log()
+            losses[f"{name}.kd"] = divergence.mean()
+        return losses
+
+
+def _neighbours(feature: Tensor) -> Tensor:
+    """`(B, C, *S)` to probabilities `(B, B)`, each row's sum 1."""
+    vectors = unit(pooled(precise(feature)))
+    # Rounding takes the cosine of opposites below -1, and the logarithm has no value there.
+    kernel = ((inner_products(vectors, vectors) + 1) / 2).clamp(min=0)
+    return kernel / kernel.sum(1, keepdim=True)

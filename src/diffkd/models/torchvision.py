@@ -1,0 +1,92 @@
+"""torchvision's classifiers: `torchvision/resnet34`, with `weights: pretrained` or `IMAGENET1K_V1`."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision import models
+
+from diffkd.errors import UserError, nearest
+from diffkd.models.base import Wants
+
+# They give a tuple in training mode unless told otherwise.
+_PLAIN = {"aux_logits": False, "init_weights": True}
+
+
+def build(
+    name: str,
+    *,
+    in_channels: int = 3,
+    image_size: tuple[int, ...] = (224, 224),
+    num_classes: int = 1000,
+    **options: Any,
+) -> nn.Module:
+    """A classifier of torchvision with fresh weights; it takes pictures of 3 channels.
+
+    Raises:
+        UserError: there is no such model (the nearest names are given), or it does not take an option.
+
+    >>> build("resnet18", num_classes=5).fc.out_features
+    5
+    """
+    builder = _builder(name)
+    plain = _PLAIN if name in ("googlenet", "inception_v3") else {}
+    options = {**plain, **_sized(name, image_size), **options}
+    try:
+        return builder(weights=None, num_classes=num_classes, **options)  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"model 'torchvision/{name}' cannot be built: {reason}") from error
+
+
+def wants(name: str, weights: str | None) -> Wants:
+    """Three channels; the fixed size of a transformer; of published weights also mean and deviation."""
+    _builder(name)
+    if weights is None:
+        return Wants(224 if _sized(name, (224, 224)) else None, channels=3)
+    seen = _weights(name, weights).transforms()
+    return Wants(seen.crop_size[0], tuple(seen.mean), tuple(seen.std), 3)
+
+
+def state(name: str, weights: str) -> dict[str, Tensor]:
+    """Published weights: "pretrained" for torchvision's choice, or a name such as "IMAGENET1K_V1".
+
+    Raises:
+        UserError: the model has no such weights, or they cannot be fetched.
+    """
+    chosen = _weights(name, weights)
+    try:
+        found = chosen.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:
+        raise UserError(f"weights '{weights}' of 'torchvision/{name}' cannot be fetched: {error}") from error
+    return {key: value for key, value in found.items() if not key.lower().startswith("aux")}
+
+
+def names() -> list[str]:
+    """All of them."""
+    return list(models.list_models(module=models))
+
+
+def _builder(name: str) -> Any:
+    if name not in names():
+        raise UserError(f"unknown model 'torchvision/{name}'{nearest(name, names())}")
+    return models.get_model_builder(name)
+
+
+def _weights(name: str, weights: str) -> Any:
+    kinds = models.get_model_weights(name)
+    known = {kind.name: kind for kind in kinds}
+    if weights == "pretrained":
+        return kinds.DEFAULT
+    if weights not in known:
+        raise UserError(
+            f"no weights file '{weights}', nor weights of that name for 'torchvision/{name}'"
+            f"{nearest(weights, ['pretrained', *known])}"
+        )
+    return known[weights]
+
+
+def _sized(name: str, image_size: tuple[int, ...]) -> dict[str, Any]:
+    """The argument by which models that take pictures of one size are told which."""
+    if name.startswith("vit_"):
+        return {"image_size": image_size[0]}
+    return {"input_size": tuple(image_size)} if name.startswith("maxvit_") else {}
