@@ -225,7 +225,7 @@ class CRD:
         return [vector / length(vector) for vector in vectors]
 
     def side(self, vectors, side, indices, drawn):
-        memory = self.memory[side]
+        memory = self.memory[side].clone()
         chosen = [[i, *others] for i, others in zip(indices.tolist(), drawn.tolist(), strict=True)]
         scores = [
             [torch.exp((vector * memory[i]).sum() / self.temperature) for i in row]

@@ -14,6 +14,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 
 class Reporter:
@@ -31,7 +32,7 @@ class Reporter:
         self.active, self.quiet = active, quiet
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.log: Callable[[str], None] | None = None
-        self._bar = active and progress and sys.stderr.isatty()
+        self._bar, self._what = active and progress and sys.stderr.isatty(), ""
 
     def note(self, line: str) -> None:
         """Says a line, and writes it to the log."""
@@ -54,15 +55,15 @@ class Reporter:
         if self.active and self.log is not None:
             self.log(line)
 
-    def silent(self) -> "Reporter":
-        """Another reporter with the same bar, whose notes go to its log alone."""
+    def silent(self, what: str) -> "Reporter":
+        """Another reporter whose notes go to its log alone, and whose bar begins with `what`."""
         other = Reporter(active=self.active, quiet=True)
-        other._bar = self._bar
+        other._bar, other._what = self._bar, f"{what} "
         return other
 
-    def bar(self, total: int, done: int = 0, what: str = "") -> "ProgressBar":
+    def bar(self, total: int, done: int = 0) -> "ProgressBar":
         """A progress bar of `total` steps, `done` of them already."""
-        return ProgressBar(self.console if self._bar else None, total, done, what)
+        return ProgressBar(self.console if self._bar else None, total, done, self._what)
 
 
 class ProgressBar:
@@ -70,16 +71,16 @@ class ProgressBar:
 
     def __init__(self, console: Console | None, total: int, done: int, what: str) -> None:
         self._progress: Progress | None = None
-        self._done, self._total = done, total
+        self._done, self._total, self._what = done, total, what
         self._images, self._since = 0, time.perf_counter()
         if console is not None:
             self._progress = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
                 BarColumn(bar_width=24),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=console,
                 transient=True,
             )
@@ -108,7 +109,25 @@ class ProgressBar:
         now = time.perf_counter()
         rate = self._images / max(now - self._since, 1e-9)
         self._images, self._since = 0, now
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in _summed(losses).items())
         self._progress.update(
-            self._task, completed=self._done, description=what, figures=f"{figures}  {rate:,.0f} img/s"
+            self._task,
+            completed=self._done,
+            description=f"{self._what}{what}",
+            figures=f"{rate:,.0f} img/s  {figures}",
         )
+
+
+def _summed(losses: Mapping[str, float]) -> dict[str, float]:
+    """Losses that a method has for each of its taps as one: a line has room for no more.
+
+    >>> _summed({"loss": 3.0, "diffkd.layer4.kd": 1.0, "diffkd.output.kd": 2.0})
+    {'loss': 3.0, 'diffkd.kd': 3.0}
+    """
+    sums: dict[str, float] = {}
+    for name, value in losses.items():
+        method, _, rest = name.partition(".")
+        kind = rest.rpartition(".")[2]
+        short = name if not rest else kind if method == "task" else f"{method}.{kind}"
+        sums[short] = sums.get(short, 0.0) + value
+    return sums

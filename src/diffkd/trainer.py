@@ -224,7 +224,8 @@ class Trainer:
         """Reads the losses: the only time that the host waits for the device within an epoch."""
         self._check_finite(meter)
         last = meter.last()
-        bar.show(f"epoch {place.epoch + 1}/{self.recipe.trainer.epochs}", last)
+        losses = {name: value for name, value in last.items() if name not in self.distiller.figures}
+        bar.show(f"epoch {place.epoch + 1}/{self.recipe.trainer.epochs}", losses)
         if self.fabric.is_global_zero:
             self.logger.log_metrics({f"step/{k}": v for k, v in last.items()}, place.step)
 
@@ -430,7 +431,7 @@ def make_teacher(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolde
         check_cache(place)
     reporter.note(f"teacher: training {wanted.student.model} once, kept in {place}")
     with FileLock(f"{place}.lock") if fabric.is_global_zero else nullcontext():
-        return folder if folder.finished else _fit(wanted, fabric, reporter.silent())
+        return folder if folder.finished else _fit(wanted, fabric, reporter.silent("teacher"))
 
 
 def make_fabric(recipe: Recipe) -> Fabric:

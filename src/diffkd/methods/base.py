@@ -123,8 +123,8 @@ class Method(nn.Module, ABC):
         """
 
 
-def check_pair(pair: Pair, method: str) -> None:
-    """Refuses a pair of features of different kinds, and says where one will be resized.
+def check_pair(pair: Pair, method: str, *, resizes: bool = True) -> None:
+    """Refuses a pair of features of different kinds, and says where the method will resize one.
 
     Raises:
         UserError: one is a map and the other a sequence, say.
@@ -135,7 +135,7 @@ def check_pair(pair: Pair, method: str) -> None:
             f"method '{method}', tap '{pair.name}': the student's {ours} and the teacher's {theirs} "
             "differ in their spatial axes; tap layers that give features of one kind"
         )
-    if ours[1:] != theirs[1:]:
+    if resizes and ours[1:] != theirs[1:]:
         warnings.warn(f"tap '{pair.name}': {resizing(ours[1:], theirs[1:])}", stacklevel=4)
 
 
@@ -144,8 +144,13 @@ def resizing(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
     return f"maps of {ours} (student) and {theirs} (teacher): the larger is resized to the smaller"
 
 
-def needed_features(setup: Setup, method: str) -> tuple[Pair, ...]:
+def needed_features(setup: Setup, method: str, *, resizes: bool = True) -> tuple[Pair, ...]:
     """The pairs that are not logits, each of two features of one kind.
+
+    Args:
+        setup: what the run taps.
+        method: what errors call the method.
+        resizes: whether the method brings both sides of a pair to one size.
 
     Raises:
         UserError: there is none, or two features of a pair are of different kinds.
@@ -153,7 +158,7 @@ def needed_features(setup: Setup, method: str) -> tuple[Pair, ...]:
     if not setup.features:
         raise UserError(f"method '{method}' needs a feature map to distil; set taps")
     for pair in setup.features:
-        check_pair(pair, method)
+        check_pair(pair, method, resizes=resizes)
     return setup.features
 
 

@@ -72,7 +72,7 @@ class CRD(Method):
             raise UserError(
                 "method 'crd' remembers a vector of every training sample; give dataset_size, their number"
             )
-        self.pairs = needed_features(setup, "crd")
+        self.pairs = needed_features(setup, "crd", resizes=False)
         self.negatives = min(negatives, setup.dataset_size)
         self.contrasts = nn.ModuleDict(
             {

@@ -45,7 +45,7 @@ class PKT(Method):
         super().__init__()
         check_positive(eps=eps)
         self.eps = eps
-        self.names = [pair.name for pair in needed_features(setup, "pkt")]
+        self.names = [pair.name for pair in needed_features(setup, "pkt", resizes=False)]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

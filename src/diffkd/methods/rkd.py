@@ -49,7 +49,7 @@ class RKD(Method):
         super().__init__()
         check_not_negative(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
-        self.names = [pair.name for pair in needed_features(setup, "rkd")]
+        self.names = [pair.name for pair in needed_features(setup, "rkd", resizes=False)]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

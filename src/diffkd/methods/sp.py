@@ -43,7 +43,7 @@ class SimilarityPreserving(Method):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
-        self.names = [pair.name for pair in needed_features(setup, "sp")]
+        self.names = [pair.name for pair in needed_features(setup, "sp", resizes=False)]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
