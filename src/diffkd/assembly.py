@@ -20,6 +20,8 @@ from diffkd.recipe import ModelRecipe, Recipe, check_options
 from diffkd.tasks.base import Task, task_class
 from diffkd.weights import description, is_local, load_state, load_weights
 
+AVAILABLE = "available"  # published weights where they can be fetched
+
 
 @dataclass
 class Side:
@@ -171,7 +173,7 @@ def _check_head(recipe: Recipe, teacher: Side) -> None:
 def build_side(wanted: ModelRecipe, data: Data) -> Side:
     """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order."""
     local = wanted.weights is not None and is_local(wanted.weights)
-    published = None if local else wanted.weights
+    published = None if local else "pretrained" if wanted.weights == AVAILABLE else wanted.weights
     wants = models.wants(wanted.model, published)
     told = description(wanted.weights) if wanted.weights is not None and local else {}
     size = wanted.size or (told.get("size") or [None])[0] or wants.size
@@ -195,9 +197,15 @@ def _load(side: Side, weights: str, published: str | None, num_classes: int | No
     if published is None:
         loaded = load_weights(side.model, weights, name=side.name, num_classes=num_classes)
     else:
-        state = models.published_state(side.name, published)
+        try:
+            state = models.published_state(side.name, published)
+        except UserError as error:
+            if weights != AVAILABLE:
+                raise
+            side.notes.append(f"warning: fresh weights, for {error}")
+            return
         loaded = load_state(side.model, state, published, name=side.name, num_classes=num_classes)
-    side.weights, side.fresh_head = weights, loaded.fresh_head
+    side.weights, side.fresh_head = published or weights, loaded.fresh_head
     side.notes.append(loaded.note)
 
 

@@ -65,7 +65,8 @@ class ModelRecipe(Section):
     """A model, its weights, and its way of seeing pictures where it differs from the data's.
 
     Attributes:
-        weights: a file, a run folder, or the name of published weights (`pretrained`, `IMAGENET1K_V1`).
+        weights: a file, a run folder, or the name of published weights (`pretrained`, `IMAGENET1K_V1`);
+            `available` takes the published ones where they can be fetched, and says which it took.
         options: further arguments of the model, such as `{drop_path_rate: 0.2}`.
         mean, std: on the scale 0 to 1; size: the pixels that pictures are resized to.
     """

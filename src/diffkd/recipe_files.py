@@ -136,6 +136,8 @@ _GENERIC = {
     "data": {"batch_size", "eval_batch_size", "workers"},
     "optimizer": {"lr", "weight_decay"},
     "schedule": {"warmup_epochs"},
+    "teacher": {"train", "weights"},
+    "student": {"weights"},
 }
 
 
@@ -187,4 +189,6 @@ def _survivors(section: str, before: dict[str, Any], value: dict[str, Any]) -> d
     name = _NAMED.get(section)
     if name is None or name not in value or value[name] == before.get(name):
         return before
-    return {key: v for key, v in before.items() if key in _GENERIC.get(section, ())}
+    kept = {key: v for key, v in before.items() if key in _GENERIC.get(section, ())}
+    # Of weights, only the wish for whatever is published fits another model too.
+    return {key: v for key, v in kept.items() if key != "weights" or v == "available"}

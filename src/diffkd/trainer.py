@@ -407,20 +407,27 @@ def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
     # The whole run is built before its teacher is trained: a mistake shows at once.
     trainer = Trainer(recipe, fabric, reporter)
     if trainer.parts.teacher is not None and recipe.teacher is not None and recipe.teacher.train is not None:
-        made = make_teacher(recipe, fabric, reporter)
+        made = make_teacher(recipe, trainer.parts.teacher.weights, fabric, reporter)
         loaded = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
         trainer.parts.teacher.notes.append(loaded.note)
         trainer.parts.teacher.weights = str(made.student_file.absolute())
     return trainer.run()
 
 
-def make_teacher(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
+def make_teacher(recipe: Recipe, weights: str | None, fabric: Fabric, reporter: Reporter) -> RunFolder:
     """The run that trained the recipe's teacher: found in the cache, or run now and kept there.
+
+    Args:
+        recipe: the student's run.
+        weights: those that the teacher's training starts from, as they were found.
+        fabric: launched.
+        reporter: says what happens.
 
     Raises:
         UserError: the cache folder cannot be used.
     """
     wanted = recipe.teacher_recipe()
+    wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update={"weights": weights})})
     place = cache_folder() / "teachers" / f"{wanted.student.model.replace('/', '-')}-{cache_key(wanted)}"
     wanted = wanted.model_copy(update={"output": str(place), "resume": True})
     folder = RunFolder(place)

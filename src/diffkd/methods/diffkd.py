@@ -331,7 +331,7 @@ class DiffKDMethod(Method):
         for pair in setup.pairs:
             check_pair(pair, "diffkd")
             plain = pair.is_logits or pair.student.spatial_dims == 0
-            self.pairs[self.keys[pair.name]] = DiffKD(
+            diffkd = DiffKD(
                 pair.student.channels,
                 pair.teacher.channels,
                 latent_channels=None if plain else latent_channels,
@@ -343,6 +343,8 @@ class DiffKDMethod(Method):
                 detach_denoiser=detach_denoiser,
                 temperature=temperature,
             )
+            diffkd._told = True  # of unequal sizes: by check_pair
+            self.pairs[self.keys[pair.name]] = diffkd
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

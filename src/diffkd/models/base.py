@@ -123,6 +123,38 @@ def _check_options(name: str, function: Any, options: Mapping[str, Any]) -> None
             raise UserError(f"model '{name}' takes no option '{option}'{nearest(option, takes)}")
 
 
+class Classifier(nn.Module):
+    """Stages, the mean over all positions, a linear head.
+
+    Args:
+        stages: the first is named `stem`, the others `stage1` and so on.
+        channels: of the last stage's output.
+        num_classes: size of the logits `(B, num_classes)`.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], channels: int, num_classes: int) -> None:
+        super().__init__()
+        self._names = ["stem", *(f"stage{i}" for i in range(1, len(stages)))]
+        for name, stage in zip(self._names, stages, strict=True):
+            self.add_module(name, stage)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of pictures `(B, C, H, W)`."""
+        for name in self._names:
+            x = getattr(self, name)(x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def conv_norm(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Module, nn.Module]:
+    """A convolution without bias that keeps the size but for its stride, and its BatchNorm."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return conv, nn.BatchNorm2d(outputs)
+
+
 class Preprocess(nn.Module):
     """Pictures of a batch as one model wants them: floating point, its size, its normalisation.
 

@@ -1,8 +1,13 @@
 """timm's image models: `timm/resnet50`, with `weights: pretrained` or a tag such as `a1_in1k`."""
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
+from huggingface_hub import constants as hub
 from torch import Tensor, nn
 
 from diffkd.errors import UserError, nearest
@@ -58,11 +63,26 @@ def state(name: str, weights: str) -> dict[str, Tensor]:
             f"{nearest(weights, ['pretrained', *tags])}"
         )
     try:
-        found: dict[str, Tensor] = timm.create_model(_tagged(name, weights), pretrained=True).state_dict()
+        with _hub():
+            found: dict[str, Tensor] = timm.create_model(_tagged(name, weights), pretrained=True).state_dict()
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"weights '{weights}' of 'timm/{name}' cannot be fetched: {reason}") from error
     return found
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Where the hub cannot be reached, its library asks its cache at once instead of trying for a minute."""
+    before = hub.HF_HUB_OFFLINE
+    try:
+        socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
+    except OSError:
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
 
 
 def names() -> list[str]:

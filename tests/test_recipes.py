@@ -1,0 +1,92 @@
+"""Every recipe that comes along is built and run for two steps on stand-in data."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffkd.recipe import load
+from diffkd.recipe_files import builtin
+
+RECIPES = [name for name in builtin() if name != "digits"]
+# Large teachers see small pictures here.
+SMALL = {
+    "timm/swin_large_patch4_window7_224": ["teacher.size=64"],
+    "timm/swin_tiny_patch4_window7_224": ["student.size=64"],
+}
+PAIRS = {
+    ("resnet56", "resnet20"),
+    ("resnet110", "resnet32"),
+    ("resnet32x4", "resnet8x4"),
+    ("wrn_40_2", "wrn_16_2"),
+    ("wrn_40_2", "wrn_40_1"),
+    ("vgg13", "vgg8"),
+    ("resnet32x4", "shufflenetv1"),
+    ("resnet32x4", "shufflenetv2"),
+    ("wrn_40_2", "shufflenetv1"),
+    ("vgg13", "mobilenetv2"),
+    ("resnet50", "mobilenetv2"),
+}
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """Random pictures, as arrays of 32x32 and as two folders of classes."""
+    root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split in ("train", "test"):
+        x = random.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+        np.savez(root / f"{split}.npz", x=x, y=np.arange(16) % 10)
+        for kind in ("cat", "dog"):
+            folder = root / "pictures" / split / kind
+            folder.mkdir(parents=True)
+            for i in range(8):
+                noise = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(folder / f"{i}.png")
+    return root
+
+
+def overrides(name, root, tmp_path):
+    recipe = load(name)
+    arrays = recipe.data.name.startswith("cifar")
+    words = [f"data.root={root if arrays else root / 'pictures'}", "data.batch_size=4", "data.workers=0"]
+    words += [] if arrays else ["data.image_size=64"]
+    for side in (recipe.teacher, recipe.student):
+        words += SMALL.get(side.model, [])
+    words += ["teacher.weights=null", "teacher.train=null", "student.weights=null"]
+    return [*words, "trainer.max_steps=2", "trainer.accelerator=cpu", f"output={tmp_path / 'run'}"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_steps(name, stand_in, tmp_path, diffkd):
+    status, out, err = diffkd("distill", name, *overrides(name, stand_in, tmp_path))
+    assert status == 0, err
+    assert "student" in out
+    header = (tmp_path / "run/metrics.csv").read_text().splitlines()[0]
+    assert ".kd," in header
+    assert "diffkd.output.diffusion" in header
+
+
+def test_the_eleven_pairs_and_the_seven_rows_are_there():
+    pairs = {tuple(n.removeprefix("cifar100/").split("-")) for n in RECIPES if n.startswith("cifar100/")}
+    assert pairs == PAIRS
+    rows = [load(n) for n in RECIPES if n.startswith("imagenet/")]
+    assert len(rows) == 7
+    assert all(r.method["diffkd"].options == {"latent_channels": 1024} for r in rows)
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("cifar100")])
+def test_settings_of_the_literature(name):
+    recipe = load(name)
+    slow = recipe.student.model.startswith(("cifar/mobile", "cifar/shuffle"))
+    teacher = recipe.teacher_recipe()
+    assert (recipe.optimizer.lr, teacher.optimizer.lr) == (0.01 if slow else 0.05, 0.05)
+    for one in (recipe, teacher):
+        assert (one.trainer.epochs, one.data.batch_size, one.optimizer.momentum) == (240, 64, 0.9)
+        assert one.optimizer.weight_decay == 5e-4
+        assert (one.schedule.milestones, one.schedule.factor) == ([150, 180, 210], 0.1)
+
+
+def test_one_teacher_serves_all_its_students():
+    from diffkd.recipe import cache_key
+
+    ours = {cache_key(load(n).teacher_recipe()) for n in RECIPES if n.startswith("cifar100/resnet32x4")}
+    assert len(ours) == 1
