@@ -33,12 +33,15 @@ PARAMETERS = {
     "resnet34": 21_328_292,
     "resnet50": 23_705_252,
 }
-# Channels of the last map, which is 8x8 or, of models with more stages, 4x4 or 2x2 for 32x32 pixels.
+# The last map's layer and shape for 32x32 pixels.
 LAST_MAP = {
-    "resnet8x4": ("stage3", (256, 8, 8)),
+    **{name: ("stage3", (64, 8, 8)) for name in PARAMETERS if name.startswith("resnet")},
+    **{name: ("stage3", (256, 8, 8)) for name in ("resnet8x4", "resnet32x4")},
+    **{name: ("stage4", (512, 4, 4)) for name in ("resnet18", "resnet34")},
     "resnet50": ("stage4", (2048, 4, 4)),
-    "wrn_16_2": ("stage4", (128, 8, 8)),
-    "vgg8": ("stage4", (512, 2, 2)),
+    **{name: ("stage4", (64, 8, 8)) for name in ("wrn_16_1", "wrn_40_1")},
+    **{name: ("stage4", (128, 8, 8)) for name in ("wrn_16_2", "wrn_40_2")},
+    **{name: ("stage4", (512, 4, 4)) for name in PARAMETERS if name.startswith("vgg")},
     "mobilenetv2": ("stage8", (1280, 2, 2)),
     "shufflenetv1": ("stage3", (960, 4, 4)),
     "shufflenetv2": ("stage4", (1024, 4, 4)),
@@ -56,13 +59,48 @@ def test_parameters_are_the_published(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", [n for n in PARAMETERS if n not in ("resnet110", "vgg19", "resnet34")])
-def test_every_parameter_learns(name):
-    model = cifar.build(name, in_channels=1, num_classes=7)
-    logits = model(torch.rand(2, 1, 28, 28))
-    assert logits.shape == (2, 7)
+@pytest.mark.parametrize(("channels", "size", "classes"), [(3, 32, 100), (1, 28, 7)])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_parameter_learns(name, channels, size, classes):
+    model = cifar.build(name, in_channels=channels, image_size=(size, size), num_classes=classes)
+    logits = model(torch.rand(2, channels, size, size))
+    assert logits.shape == (2, classes)
     logits.square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [40, 64])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_larger_pictures(name, size):
+    with torch.device("meta"):
+        model = cifar.build(name, image_size=(size, size))
+        assert model(torch.empty(2, 3, size, size)).shape == (2, 100)
+
+
+@pytest.mark.parametrize(("size", "side"), [(28, 3), (32, 4), (64, 4)])
+def test_vgg_halves_large_pictures_once_more(size, side):
+    with torch.device("meta"):
+        model, x = cifar.build("vgg8", image_size=(size, size)), torch.empty(2, 3, size, size)
+        for stage in (model.stem, model.stage1, model.stage2, model.stage3, model.stage4):
+            x = stage(x)
+    assert x.shape == (2, 512, side, side)
+
+
+def test_weights_of_vgg_fit_whatever_the_size():
+    with torch.device("meta"):
+        small, large = (cifar.build("vgg8", image_size=(side, side)) for side in (32, 64))
+    assert small.state_dict().keys() == large.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "std"), [("vgg8", 0.01), ("mobilenetv2", 0.01), ("wrn_16_2", None)])
+def test_heads_start_as_published(name, std):
+    model = cifar.build(name)
+    assert not model.head.bias.any()
+    assert std is None or float(model.head.weight.std()) == pytest.approx(std, rel=0.05)
+    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert not any(m.bias.any() for m in convs if m.bias is not None)
+    last = convs[-1].weight
+    assert float(last.std()) == pytest.approx((2 / (last.shape[0] * last[0, 0].numel())) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("name", LAST_MAP)
@@ -76,8 +114,9 @@ def test_the_last_map_has_a_name(name):
     assert found["shape"] == shape
 
 
-def test_models_compile_without_a_break():
-    model = torch.compile(cifar.build("shufflenetv2").eval(), backend="eager", fullgraph=True)
+@pytest.mark.parametrize("name", ["shufflenetv2", "vgg8", "wrn_16_1"])
+def test_models_compile_without_a_break(name):
+    model = torch.compile(cifar.build(name).eval(), backend="eager", fullgraph=True)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 100)
 
 
@@ -85,7 +124,11 @@ def test_mobilenet_for_imagenet():
     with torch.device("meta"):
         model = imagenet.build("mobilenetv1")
     assert sum(p.numel() for p in model.parameters()) == 4_231_976
-    assert imagenet.build("mobilenetv1", num_classes=3)(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+    model = imagenet.build("mobilenetv1", num_classes=3)
+    logits = model(torch.rand(2, 3, 64, 64))
+    assert logits.shape == (2, 3)
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_unknown_names():

@@ -18,7 +18,7 @@ from diffkd.models import base as models
 from diffkd.pictures import mix_batch
 from diffkd.recipe import ModelRecipe, Recipe, check_options
 from diffkd.tasks.base import Task, task_class
-from diffkd.weights import description, is_local, load_state, load_weights
+from diffkd.weights import description, is_local, load_state, read_weights
 
 AVAILABLE = "available"  # published weights where they can be fetched
 
@@ -172,41 +172,60 @@ def _check_head(recipe: Recipe, teacher: Side) -> None:
 
 def build_side(wanted: ModelRecipe, data: Data) -> Side:
     """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order."""
-    local = wanted.weights is not None and is_local(wanted.weights)
-    published = None if local else "pretrained" if wanted.weights == AVAILABLE else wanted.weights
-    wants = models.wants(wanted.model, published)
-    told = description(wanted.weights) if wanted.weights is not None and local else {}
-    size = wanted.size or (told.get("size") or [None])[0] or wants.size
+    weights = _find_weights(wanted)
+    wants = models.wants(wanted.model, weights.published)
+    size = wanted.size or (weights.told.get("size") or [None])[0] or wants.size
     channels, height, width = data.image_shape
     shape = (wants.channels or channels, size or height, size or width)
-    mean = wanted.mean or told.get("mean") or wants.mean or data.mean
-    std = wanted.std or told.get("std") or wants.std or data.std
+    mean = wanted.mean or weights.told.get("mean") or wants.mean or data.mean
+    std = wanted.std or weights.told.get("std") or wants.std or data.std
     model = models.build(
         wanted.model, num_classes=data.num_classes, image_shape=shape, options=wanted.options
     )
     resized = None if size is None or (size, size) == (height, width) else (size, size)
-    side = Side(wanted.model, model, models.Preprocess(mean, std, resized, channels=shape[0]))
+    side = Side(wanted.model, model, models.Preprocess(mean, std, resized, channels=shape[0]), weights.notes)
     if resized is not None:
         side.notes.append(f"pictures of {height}x{width} resized to {size}x{size}")
-    if wanted.weights is not None:
-        _load(side, wanted.weights, published, data.num_classes)
+    if weights.state:
+        loaded = load_state(
+            model, weights.state, weights.source, name=wanted.model, num_classes=data.num_classes
+        )
+        side.weights, side.fresh_head = weights.published or wanted.weights, loaded.fresh_head
+        side.notes.append(loaded.note)
     return side
 
 
-def _load(side: Side, weights: str, published: str | None, num_classes: int | None) -> None:
-    if published is None:
-        loaded = load_weights(side.model, weights, name=side.name, num_classes=num_classes)
-    else:
-        try:
-            state = models.published_state(side.name, published)
-        except UserError as error:
-            if weights != AVAILABLE:
-                raise
-            side.notes.append(f"warning: fresh weights, for {error}")
-            return
-        loaded = load_state(side.model, state, published, name=side.name, num_classes=num_classes)
-    side.weights, side.fresh_head = published or weights, loaded.fresh_head
-    side.notes.append(loaded.note)
+@dataclass
+class _Weights:
+    """Weights found for a model, before there is the model.
+
+    Attributes:
+        state: tensors by name; empty for fresh weights.
+        source: what the account of them says.
+        published: their name, if they are published ones.
+        told: what their description says of pictures.
+    """
+
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    source: str = ""
+    published: str | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _find_weights(wanted: ModelRecipe) -> _Weights:
+    if wanted.weights is None:
+        return _Weights()
+    if is_local(wanted.weights):
+        state, source = read_weights(wanted.weights)
+        return _Weights(state, source, told=description(wanted.weights))
+    name = "pretrained" if wanted.weights == AVAILABLE else wanted.weights
+    try:
+        return _Weights(models.published_state(wanted.model, name), name, published=name)
+    except UserError as error:
+        if wanted.weights != AVAILABLE:
+            raise
+        return _Weights(notes=[f"fresh weights: {error}"])
 
 
 @torch.no_grad()

@@ -47,10 +47,8 @@ def load_weights(
     Raises:
         UserError: the file cannot be read, may run code, or does not fit.
     """
-    place = weights_file(source)
-    tensors, nest = read_weights(place)
-    nested = f" ('{nest}', averaged weights)" if nest in AVERAGED else ""
-    return load_state(model, tensors, f"{place.name}{nested}", name=name, num_classes=num_classes)
+    tensors, said = read_weights(source)
+    return load_state(model, tensors, said, name=name, num_classes=num_classes)
 
 
 def load_state(
@@ -125,15 +123,16 @@ def description(source: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and "image_shape" in found else {}
 
 
-def read_weights(place: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, and the innermost name of the mappings that they were nested in.
+def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and what an account of them calls them: the file, and whether they are averaged.
 
     Raises:
         UserError: the file cannot be read, may run code, or holds no tensors.
     """
+    place = weights_file(source)
     try:
         if place.suffix == ".safetensors":
-            return load_file(place), ""
+            return load_file(place), place.name
         content: Any = torch.load(place, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -142,16 +141,17 @@ def read_weights(place: Path) -> tuple[dict[str, Tensor], str]:
         ) from error
     except Exception as error:
         raise UserError(f"'{place}' cannot be read: {str(error).splitlines()[0]}") from error
-    name = ""
+    said = place.name
     while isinstance(content, dict) and (
         nest := next((k for k in NESTS if isinstance(content.get(k), dict) and content[k]), "")
     ):
-        content, name = content[nest], nest if name not in AVERAGED else name
+        content = content[nest]
+        said += f" ('{nest}', averaged weights)" if nest in AVERAGED else ""
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     tensors.pop("n_averaged", None)
     if not tensors:
         raise UserError(f"'{place}' holds no weights")
-    return tensors, name
+    return tensors, said
 
 
 def _strip(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

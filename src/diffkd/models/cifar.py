@@ -239,19 +239,24 @@ def _wide_resnet(depth: int, factor: int, channels: int, classes: int) -> nn.Mod
         for i in range(3)
     ]
     final = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU())
-    return _settled(Classifier([stem, *stages, final], widths[3], classes))
+    return _settled(Classifier([stem, *stages, final], widths[3], classes), head_bias=False)
 
 
-def _vgg(counts: tuple[int, ...], channels: int, classes: int) -> nn.Module:
-    """VGG with BatchNorm and one linear layer behind its five stages."""
+def _vgg(counts: tuple[int, ...], channels: int, classes: int, large: bool) -> nn.Module:
+    """VGG with BatchNorm and one linear layer behind its five stages.
+
+    Only large pictures are halved before the last stage: its map is 4x4 for 32 and for 64 pixels.
+    """
     stages, inputs = [], channels
-    for width, count in zip((64, 128, 256, 512, 512), counts, strict=True):
-        layers: list[nn.Module] = [] if inputs == channels else [nn.MaxPool2d(2)]
+    for i, (width, count) in enumerate(zip((64, 128, 256, 512, 512), counts, strict=True)):
+        layers: list[nn.Module] = []
+        if i > 0:
+            layers.append(nn.MaxPool2d(2) if i < 4 or large else nn.Identity())
         for _ in range(count):
             layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             inputs = width
         stages.append(nn.Sequential(*layers))
-    return _settled(Classifier(stages, 512, classes))
+    return _settled(Classifier(stages, 512, classes), head_bias=False, head_std=0.01)
 
 
 def _mobilenetv2(channels: int, classes: int) -> nn.Module:
@@ -272,7 +277,7 @@ def _mobilenetv2(channels: int, classes: int) -> nn.Module:
         stages.append(_stage(block, inputs, width, stride, count))
         inputs = width
     final = nn.Sequential(*conv_norm(inputs, 1280, 1), nn.ReLU())
-    return _settled(Classifier([*stages, final], 1280, classes))
+    return _settled(Classifier([*stages, final], 1280, classes), head_bias=False, head_std=0.01)
 
 
 def _shufflenetv1(channels: int, classes: int) -> nn.Module:
@@ -292,21 +297,38 @@ def _shufflenetv2(channels: int, classes: int) -> nn.Module:
     return Classifier([stem, *stages, final], 1024, classes)
 
 
-def _settled(model: nn.Module) -> nn.Module:
-    """He's initialisation of the convolutions."""
+def _settled(model: Classifier, head_bias: bool = True, head_std: float | None = None) -> Classifier:
+    """He's initialisation of the convolutions; the head's bias and weights as published.
+
+    Args:
+        model: with fresh weights.
+        head_bias: whether the head's bias keeps its fresh values; else it starts at 0.
+        head_std: of the head's normally distributed weights; None keeps the fresh ones.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if not head_bias:
+        nn.init.zeros_(model.head.bias)
+    if head_std is not None:
+        nn.init.normal_(model.head.weight, std=head_std)
     return model
 
 
 _NARROW, _WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
-_VGG = {8: (1,) * 5, 11: (1, 1, 2, 2, 2), 13: (2,) * 5, 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+_VGG = {
+    "vgg8": (1, 1, 1, 1, 1),
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}
 _MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     **{f"resnet{d}": partial(_resnet, d, _NARROW) for d in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{d}x4": partial(_resnet, d, _WIDE) for d in (8, 32)},
     **{f"wrn_{d}_{w}": partial(_wide_resnet, d, w) for d in (16, 40) for w in (1, 2)},
-    **{f"vgg{d}": partial(_vgg, counts) for d, counts in _VGG.items()},
     "mobilenetv2": _mobilenetv2,
     "shufflenetv1": _shufflenetv1,
     "shufflenetv2": _shufflenetv2,
@@ -321,6 +343,12 @@ def build(
 ) -> nn.Module:
     """A model of the zoo with fresh weights; its pictures `(B, in_channels, H, W)` may be of any size.
 
+    Args:
+        name: one of `names()`.
+        in_channels: of the pictures.
+        image_size: `(H, W)` of the pictures; from 64x64 up VGG halves them once more.
+        num_classes: size of the logits `(B, num_classes)`.
+
     Raises:
         UserError: there is no such model; the nearest names are given.
 
@@ -328,11 +356,13 @@ def build(
     >>> sum(p.numel() for p in model.parameters()), model(torch.rand(2, 3, 32, 32)).shape
     (1233540, torch.Size([2, 100]))
     """
+    if name in _VGG:
+        return _vgg(_VGG[name], in_channels, num_classes, large=min(image_size) >= 64)
     if name not in _MODELS:
-        raise UserError(f"unknown model 'cifar/{name}'{nearest(name, _MODELS)}")
+        raise UserError(f"unknown model 'cifar/{name}'{nearest(name, names())}")
     return _MODELS[name](in_channels, num_classes)
 
 
 def names() -> list[str]:
     """All of them."""
-    return list(_MODELS)
+    return [*_MODELS, *_VGG]

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import timm
 from huggingface_hub import constants as hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from diffkd.errors import UserError, nearest
@@ -65,6 +66,9 @@ def state(name: str, weights: str) -> dict[str, Tensor]:
     try:
         with _hub():
             found: dict[str, Tensor] = timm.create_model(_tagged(name, weights), pretrained=True).state_dict()
+    except LocalEntryNotFoundError as error:
+        reason = f"no way to {hub.ENDPOINT}, and they are not in its cache"
+        raise UserError(f"weights '{weights}' of 'timm/{name}' cannot be fetched: {reason}") from error
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"weights '{weights}' of 'timm/{name}' cannot be fetched: {reason}") from error

@@ -105,7 +105,7 @@ def _modules(parts: Parts, distiller: Distiller, optimizer: torch.optim.Optimize
         counts = (
             sum(p.numel() for p in weights),
             sum(p.numel() for p in weights if p.requires_grad),
-            sum(p.numel() for p in weights if p.grad is not None and bool((p.grad != 0).any())),
+            sum(p.numel() for p in weights if p.grad is not None),
             sum(p.numel() for p in weights if id(p) in held),
         )
         table.add_row(name, *(f"{count:,}" for count in counts))
@@ -162,3 +162,10 @@ def _complain(distiller: Distiller, console: Console) -> None:
     if silent:
         shown = ", ".join(silent[:3]) + (", ..." if len(silent) > 3 else "")
         console.print(f"warning: no gradient reaches {len(silent)} weights: {shown}", markup=False)
+    grads = [p.grad for p in distiller.student.parameters() if p.grad is not None]
+    zero = sum(not grad.any() for grad in grads)
+    if zero:
+        console.print(
+            f"note: the gradients of {zero} of the student's {len(grads)} tensors are zero at this first "
+            "step, as behind layers that start at zero (the last of a residual block, say)"
+        )
