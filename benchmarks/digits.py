@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/digits"))
     parser.add_argument("overrides", nargs="*", help="key=value for every run")
-    wanted = parser.parse_args()
+    wanted = parser.parse_intermixed_args()
     print(
         f"digits, {wanted.seeds} seeds, {date.today()}, torch {torch.__version__}, {platform.machine()} CPU"
     )

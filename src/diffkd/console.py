@@ -26,13 +26,16 @@ class Reporter:
         active: False silences it altogether (processes other than the first).
         progress: False hides the bar.
         quiet: True says things to the log alone.
+        what: what the bar begins with.
     """
 
-    def __init__(self, *, active: bool = True, progress: bool = True, quiet: bool = False) -> None:
+    def __init__(
+        self, *, active: bool = True, progress: bool = True, quiet: bool = False, what: str = ""
+    ) -> None:
         self.active, self.quiet = active, quiet
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.log: Callable[[str], None] | None = None
-        self._bar, self._what = active and progress and sys.stderr.isatty(), ""
+        self._bar, self._what = active and progress and sys.stderr.isatty(), f"{what} " if what else ""
 
     def note(self, line: str) -> None:
         """Says a line, and writes it to the log."""
@@ -57,8 +60,8 @@ class Reporter:
 
     def silent(self, what: str) -> "Reporter":
         """Another reporter whose notes go to its log alone, and whose bar begins with `what`."""
-        other = Reporter(active=self.active, quiet=True)
-        other._bar, other._what = self._bar, f"{what} "
+        other = Reporter(active=self.active, quiet=True, what=what)
+        other._bar = self._bar
         return other
 
     def bar(self, total: int, done: int = 0) -> "ProgressBar":

@@ -127,18 +127,27 @@ class Distiller(nn.Module):
             batch: a Batch, images alone `(B, C, H, W)`, or a loader's `(images, targets)`.
         """
         batch = as_batch(batch)
-        teacher_features: dict[str, Tensor] = {}
-        if self.pairs:
-            with torch.no_grad():
-                self._run_teacher(batch)
-            teacher_features = self._read(self._teacher_taps, "teacher")
-        losses = Losses(self.run_student(batch))
-        student_features = self._read(self._student_taps, "student") if self.pairs else {}
+        output, student, teacher = self._run_both(batch)
+        losses = Losses(output)
         for name, method in self.methods.items():
-            named: dict[str, Tensor] = method(student_features, teacher_features, batch)
+            named: dict[str, Tensor] = method(student, teacher, batch)
             for key, value in named.items():
                 losses[f"{name}.{key}"] = value * self.weights[name]
         return losses
+
+    def features(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The student's features `(B, C, *S)` and the teacher's by pair name, as methods get them."""
+        return self._run_both(as_batch(batch))[1:]
+
+    def _run_both(self, batch: Batch) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+        """The student's output, and both sides' features."""
+        teacher: dict[str, Tensor] = {}
+        if self.pairs:
+            with torch.no_grad():
+                self._run_teacher(batch)
+            teacher = self._read(self._teacher_taps, "teacher")
+        output = self.run_student(batch)
+        return output, self._read(self._student_taps, "student") if self.pairs else {}, teacher
 
     def run_student(self, batch: Batch) -> Any:
         """The student's output for a batch, its images prepared."""

@@ -1,12 +1,11 @@
 """The loop: step, validate, save, resume. The only file that imports Fabric."""
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from diffkd.batch import Batch
 from diffkd.console import Reporter
 from diffkd.errors import UserError
 from diffkd.interrupt import InterruptedRunError, StopRequest
+from diffkd.measure import machine, peak_memory, reset_peak_memory
 from diffkd.meter import Meter, Place
 from diffkd.optim import build_optimizer, lr_factor, set_lr
 from diffkd.places import cache_folder, check_cache, check_folder
@@ -110,6 +110,7 @@ class Trainer:
             return self.folder
         # From here on every process draws its own noise.
         seed_everything(self.recipe.seed, self.fabric.global_rank)
+        reset_peak_memory(self.fabric.device)
         teacher = self._judge_teacher()
         place = self._begin()
         with StopRequest() as stop, self.reporter.bar(self._total_steps, place.step) as bar:
@@ -250,7 +251,7 @@ class Trainer:
             **figures,
             "seconds": round(place.seconds, 3),
             "images_per_second": round(self._images(place) / max(place.seconds, 1e-9), 1),
-            "memory_mb": round(_peak_memory(self.fabric.device) / 2**20, 1),
+            "memory_mb": round(peak_memory(self.fabric.device) / 2**20, 1),
         }
         place.history.append(row)
         place.epoch, place.batch, place.sums, place.seconds = place.epoch + 1, 0, {}, 0.0
@@ -363,6 +364,7 @@ class Trainer:
             "methods": list(self.recipe.method),
             "seed": self.recipe.seed,
             "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
             "agreement": self.agreement,
             "metric_label": task.metric_label + (" agreement with the teacher" if self.agreement else ""),
             "last": figures,
@@ -371,9 +373,13 @@ class Trainer:
             "teacher": None,
             "epochs": place.epoch,
             "steps": place.step,
+            "extra_parameters": sum(p.numel() for p in self.distiller.methods.parameters()),
+            "images_per_second": median(row["images_per_second"] for row in place.history),
+            "memory_mb": max(row["memory_mb"] for row in place.history),
             "seconds": round(sum(row["seconds"] for row in place.history), 3),
+            "figures": list(self.distiller.figures),
             "device": str(self.fabric.device),
-            "torch": torch.__version__,
+            "machine": machine(str(self.fabric.device)),
         }
         if parts.teacher is not None and teacher is not None:
             summary["teacher"] = {
@@ -471,11 +477,3 @@ def make_fabric(recipe: Recipe) -> Fabric:
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     plain: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return plain
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on the accelerator, or resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -122,6 +122,15 @@ class Method(nn.Module, ABC):
             batch: the batch that made them.
         """
 
+    def matched(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """By pair name, what the method brings the two features to before it compares them.
+
+        Empty where it compares them as they are.
+        """
+        return {}
+
 
 def check_pair(pair: Pair, method: str, *, resizes: bool = True) -> None:
     """Refuses a pair of features of different kinds, and says where the method will resize one.

@@ -360,6 +360,13 @@ class DiffKDMethod(Method):
             self.figures[f"{name}.gamma"] = out.gamma.detach().mean()
         return losses
 
+    def matched(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The denoised feature and its target, of every pair."""
+        outs = {name: self.pairs[key](student[name], teacher[name]) for name, key in self.keys.items()}
+        return {name: (out.denoised, out.target) for name, out in outs.items()}
+
 
 def _map_denoiser(dims: int, channels: int) -> nn.Module:
     return nn.Sequential(

@@ -10,12 +10,19 @@ from diffkd.report.curves import draw_curves
 from diffkd.run import RunFolder
 
 
-def finish(folder: RunFolder) -> None:
-    """Draws the curves and prints the table, where a run has just ended; the first process does."""
+def finish(folder: RunFolder, *, quiet: bool = False) -> None:
+    """Draws the curves and prints the table, where a run has just ended; the first process does.
+
+    Args:
+        folder: of the run.
+        quiet: prints nothing.
+    """
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     summary = folder.read_summary()
     draw_curves(folder.read_history(), summary, folder.path / "curves.png")
+    if quiet:
+        return
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
     console.print(summary_table(summary))
     console.print(f"run folder: {folder.path}", soft_wrap=True)

@@ -1,0 +1,220 @@
+"""Finished runs of several methods as one comparison: means, deviations, paired differences, curves."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+from scipy.stats import t as student_t
+
+from diffkd.report.similarity import Similarity
+from diffkd.report.summary import percent, quantity
+from diffkd.run import History
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One method at one seed.
+
+    Attributes:
+        method: as the user wrote it: `kd`, or `diffkd+dkd`.
+        seed: of the run.
+        summary, history: what the run folder says.
+        similarity: of student's and teacher's features; empty where it was not measured.
+    """
+
+    method: str
+    seed: int
+    summary: Mapping[str, Any]
+    history: History
+    similarity: Similarity
+
+
+def compare_runs(title: str, runs: Sequence[FinishedRun], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """All figures of a comparison as plain values; scores are shares (0 to 1).
+
+    Args:
+        title: of the comparison.
+        runs: at least one of every method.
+        notes: what the runs had to say, one line each.
+    """
+    first = runs[0].summary
+    names = list(dict.fromkeys(run.method for run in runs))
+    of = {name: [run for run in runs if run.method == name] for name in names}
+    teacher = next((run.summary["teacher"] for run in runs if run.summary["teacher"]), None)
+    return {
+        "title": title,
+        "metric_label": first["metric_label"],
+        "higher_is_better": first["higher_is_better"],
+        "date": date.today().isoformat(),
+        "machine": first["machine"],
+        "epochs": first["epochs"],
+        "seeds": sorted({run.seed for run in runs}),
+        "teacher": None if teacher is None else {**teacher, "score": teacher[first["metric"]]},
+        "student": first["student"],
+        "notes": list(notes),
+        "methods": [_method(name, of[name], of) for name in names],
+    }
+
+
+def _method(
+    name: str, runs: Sequence[FinishedRun], of: Mapping[str, Sequence[FinishedRun]]
+) -> dict[str, Any]:
+    first = runs[0].summary
+    metric, watched = first["metric"], first["figures"]
+    losses = [
+        k for k in runs[0].history[0] if k.split(".")[0] in ("task", *first["methods"]) and k not in watched
+    ]
+    return {
+        "name": name,
+        "seeds": [run.seed for run in runs],
+        "last": _spread([run.summary["last"][metric] for run in runs]),
+        "best": _spread([run.summary["best"][metric] for run in runs]),
+        "to_none": _difference(runs, of.get("none", ())) if name != "none" else None,
+        "to_kd": _difference(runs, of.get("kd", ())) if name != "kd" else None,
+        "images_per_second": mean(run.summary["images_per_second"] for run in runs),
+        "memory_mb": max(run.summary["memory_mb"] for run in runs),
+        "extra_parameters": first["extra_parameters"],
+        "seconds": mean(run.summary["seconds"] for run in runs),
+        "curve": _curve(runs, metric, band=True),
+        "losses": {key: _curve(runs, key) for key in losses},
+        "figures": {key: _curve(runs, key) for key in watched},
+        "similarity": _mean_similarity(runs),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+
+
+def _difference(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun]) -> dict[str, float | None] | None:
+    """Mean of the differences at the seeds that both have, and its 95 % interval by Student's t."""
+    score = {run.seed: run.summary["last"][run.summary["metric"]] for run in theirs}
+    gains = [
+        run.summary["last"][run.summary["metric"]] - score[run.seed] for run in ours if run.seed in score
+    ]
+    if not gains:
+        return None
+    if len(gains) < 2:
+        return {"mean": gains[0], "low": None, "high": None}
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(gains) - 1)) * stdev(gains) / math.sqrt(len(gains))
+    return {"mean": mean(gains), "low": mean(gains) - half, "high": mean(gains) + half}
+
+
+def _curve(runs: Sequence[FinishedRun], key: str, band: bool = False) -> dict[str, list[float]]:
+    """Mean over the runs at each epoch that all have; the band is one standard deviation each way."""
+    columns = [{row["epoch"]: row[key] for row in run.history if key in row} for run in runs]
+    epochs = sorted(set.intersection(*(set(column) for column in columns)))
+    at = [[column[epoch] for column in columns] for epoch in epochs]
+    curve = {"epoch": epochs, "mean": [mean(values) for values in at]}
+    if band:
+        spread = [stdev(values) if len(values) > 1 else 0.0 for values in at]
+        for side, sign in (("low", -1), ("high", 1)):
+            curve[side] = [m + sign * s for m, s in zip(curve["mean"], spread, strict=True)]
+    return curve
+
+
+def _mean_similarity(runs: Sequence[FinishedRun]) -> dict[str, dict[str, float | None]]:
+    found: dict[str, dict[str, float | None]] = {}
+    for name in runs[0].similarity:
+        rows = [run.similarity[name] for run in runs if name in run.similarity]
+        found[name] = {}
+        for when in ("before", "after"):
+            values = [row[when] for row in rows]
+            known = [value for value in values if value is not None]
+            found[name][when] = mean(known) if known else None
+    return found
+
+
+# --- as tables -------------------------------------------------------------------------------------
+
+Column = tuple[str, Callable[[Mapping[str, Any]], str]]
+
+
+def _columns(label: str) -> list[Column]:
+    return [
+        ("method", lambda m: m["name"]),
+        (f"{label} last", lambda m: _plus_minus(m["last"])),
+        (f"{label} best", lambda m: _plus_minus(m["best"])),
+        ("to none", lambda m: _gain(m["to_none"])),
+        ("to kd", lambda m: _gain(m["to_kd"])),
+        ("images/s", lambda m: f"{m['images_per_second']:,.0f}"),
+        ("memory", lambda m: f"{m['memory_mb']:,.0f} MB"),
+        ("extra parameters", lambda m: quantity(m["extra_parameters"])),
+    ]
+
+
+def rich_table(comparison: Mapping[str, Any]) -> Table:
+    """The table for a terminal."""
+    table = Table(
+        title=caption(comparison), caption="to none, to kd: mean of the paired differences, 95 % interval"
+    )
+    columns = _columns(comparison["metric_label"])
+    for title, _ in columns:
+        table.add_column(title, justify="left" if title == "method" else "right")
+    for method in comparison["methods"]:
+        table.add_row(*(cell(method) for _, cell in columns))
+    return table
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """The table in Markdown, with what it was measured on."""
+    columns = _columns(comparison["metric_label"])
+    rows = [[title for title, _ in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    rows += [[cell(method) for _, cell in columns] for method in comparison["methods"]]
+    lines = [caption(comparison), ""] + ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [
+        "",
+        "Mean ± standard deviation over the seeds; to none, to kd: mean of the paired differences after the "
+        "last epoch, with its 95 % interval. The best epoch is chosen on the test data, so it flatters all. "
+        f"{comparison['machine']}, {comparison['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(comparison: Mapping[str, Any]) -> str:
+    """One row a method, plain numbers."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    spreads, gains = ("last", "best"), ("to_none", "to_kd")
+    plain = ("images_per_second", "memory_mb", "extra_parameters", "seconds")
+    writer.writerow(
+        ["method", "seeds", *(f"{s}_{k}" for s in spreads for k in ("mean", "std"))]
+        + [f"{g}_{k}" for g in gains for k in ("mean", "low", "high")]
+        + list(plain)
+    )
+    for m in comparison["methods"]:
+        row = [m["name"], len(m["seeds"]), *(m[s][k] for s in spreads for k in ("mean", "std"))]
+        row += [(m[g] or {}).get(k) for g in gains for k in ("mean", "low", "high")]
+        writer.writerow(row + [m[key] for key in plain])
+    return text.getvalue()
+
+
+def caption(comparison: Mapping[str, Any]) -> str:
+    """What was compared, in one line."""
+    teacher, student = comparison["teacher"], comparison["student"]
+    taught = f"{teacher['model']} ({percent(teacher['score'])}) -> " if teacher else ""
+    seeds = len(comparison["seeds"])
+    return (
+        f"{comparison['title']}: {taught}{student['model']}, {comparison['epochs']} epochs, {seeds} seed(s)"
+    )
+
+
+def _plus_minus(spread: Mapping[str, Any]) -> str:
+    if spread["std"] is None:
+        return percent(spread["mean"])
+    return f"{100 * spread['mean']:.2f} ± {100 * spread['std']:.2f} %"
+
+
+def _gain(gain: Mapping[str, Any] | None) -> str:
+    if gain is None:
+        return ""
+    interval = "" if gain["low"] is None else f" [{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}]"
+    return f"{100 * gain['mean']:+.2f}{interval}"
