@@ -30,7 +30,6 @@ from diffkd.report.summary import finish, percent
 from diffkd.run import RunFolder, saying_where, write_atomically
 from diffkd.trainer import fit
 
-
 _UNFIT = re.compile(r"[^\w+.-]+")  # for a folder's name
 
 
