@@ -158,3 +158,8 @@ def test_autocast_gives_finite_losses(models):
     with torch.autocast("cpu", torch.bfloat16):
         losses = distiller(IMAGES)
     assert all(v.isfinite() for v in losses.values())
+
+
+def test_a_tap_with_its_layout_said_is_distilled(models):
+    distiller = Distiller(*models, taps={"body@BCHW": "body@BCHW", "": ""}, sample=IMAGES)
+    assert [pair.name for pair in distiller.pairs] == ["body", "output"]

@@ -296,6 +296,7 @@ def _pair_up(
 
 def _entries(tap: str, features: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The features that a tap gave: one of its own name, or one per entry of a list or dict."""
+    tap = tap.partition("@")[0]  # the layout is no part of the name
     return [tap] if tap in features else [name for name in features if name.startswith(f"{tap}[")]
 
 

@@ -331,9 +331,12 @@ def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _validate(content: dict[str, Any], where: str) -> Recipe:
     _default_names(content)
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{where}: {first_error(error, Recipe)}") from error
+    if recipe.method and not any(method.weight for method in recipe.method.values()):
+        raise UserError(f"{where}: method: all weights are zero; give one a weight, or say method=none")
+    return recipe
 
 
 def _default_names(content: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def _reason(error: Any, known: list[str]) -> str:
         return f"unknown {got!r}{nearest(str(got), _quoted(context['expected']))}"
     for limit, words in _LIMITS.items():
         if limit in context:
-            return f"{words} {context[limit]}, got {got!r}"
+            return f"{words} {context[limit]:g}, got {got!r}"
     if kind == "value_error":
         return str(context["error"])
     wanted = next((words for part, words in _TYPES.items() if kind.startswith(part)), error["msg"])

@@ -1,5 +1,6 @@
 """The loop: step, validate, save, resume. The only file that imports Fabric."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -453,6 +454,8 @@ def make_fabric(recipe: Recipe) -> Fabric:
     Raises:
         UserError: a device is not there.
     """
+    # Fabric tells of every precision and process that it was asked for.
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     wanted = recipe.trainer
     available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     count = available.get(wanted.accelerator)

@@ -13,7 +13,7 @@ from diffkd.measure import SavedBytes
 from diffkd.optim import build_optimizer
 from diffkd.randomness import seed_everything
 from diffkd.recipe import Recipe
-from diffkd.report.summary import quantity
+from diffkd.report.summary import quantity, size
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -134,7 +134,7 @@ def _costs(parts: Parts) -> Table:
                 f"{cost.parameters:,}",
                 quantity(cost.macs),
                 f"{cost.milliseconds:.2f}",
-                quantity(cost.bytes) + "B",
+                size(cost.bytes),
             )
     return table
 
@@ -151,8 +151,8 @@ def _memory(step: nn.Module, optimizer: torch.optim.Optimizer, saved: int, image
     weights = sum(p.numel() * p.element_size() for p in step.parameters())
     slots = 2 if isinstance(optimizer, torch.optim.AdamW) else int(optimizer.param_groups[0]["momentum"] > 0)
     return (
-        f"memory of a training step: weights {quantity(weights)}B, gradients {quantity(weights)}B, "
-        f"optimizer {quantity(slots * weights)}B, activations {quantity(saved)}B for {images} images"
+        f"memory of a training step: weights {size(weights)}, gradients {size(weights)}, "
+        f"optimizer {size(slots * weights)}, activations {size(saved)} for {images} images"
     )
 
 

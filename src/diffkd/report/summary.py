@@ -59,7 +59,7 @@ def _costs(side: dict[str, Any]) -> tuple[str, ...]:
         f"{side['parameters']:,}",
         quantity(side["macs"]),
         f"{side['milliseconds']:.2f}",
-        quantity(side["bytes"]) + "B",
+        size(side["bytes"]),
     )
 
 
@@ -81,9 +81,19 @@ def quantity(value: float) -> str:
     for prefix in ("", "k", "M", "G", "T"):
         if value < 999.5 or prefix == "T":
             digits = 0 if value >= 99.5 or prefix == "" else 1 if value >= 9.95 else 2
-            return f"{value:.{digits}f} {prefix}"
+            return f"{value:.{digits}f} {prefix}".rstrip()
         value /= 1000
     raise AssertionError
+
+
+def size(count: float) -> str:
+    """A number of bytes.
+
+    >>> size(512), size(5_390)
+    ('512 B', '5.39 kB')
+    """
+    number = quantity(count)
+    return f"{number} B" if number[-1].isdigit() else f"{number}B"
 
 
 def text_of(table: Table, width: int = 120) -> str:
