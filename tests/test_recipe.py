@@ -223,3 +223,10 @@ def test_dump_is_plain_yaml(tmp_path):
     content = yaml.safe_load(dump(recipe(tmp_path, TINY)))
     assert content["student"]["model"] == "simple/cnn4"
     assert "output" not in content
+
+
+def test_whole_sections_come_before_what_is_in_them():
+    words = ["data.root=here", "teacher.mean=[0.5]", "method.kd.temperature=2", "data=table", "method=kd"]
+    found = load("digits", [*words, "teacher.model=simple/cnn8"])
+    assert (found.data.name, found.data.root, found.teacher.mean) == ("table", "here", [0.5])
+    assert found.method["kd"].options == {"temperature": 2}

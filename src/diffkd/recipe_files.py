@@ -25,8 +25,7 @@ def read_layers(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Pa
     merged: dict[str, Any] = {}
     for layer in _read_chain(place):
         merged = _merge(merged, _normalize(layer, str(place)), replace=("method", "taps"))
-    for override in overrides:
-        key, value = _parse_override(override)
+    for key, value in sorted(map(_parse_override, overrides), key=_depth):
         if key == "base":
             raise UserError("command line: 'base' belongs in a file")
         # A single key replaces a method; a dotted one changes an option of it.
@@ -118,6 +117,12 @@ def _parse_override(override: str) -> tuple[str, Any]:
         return key, yaml.load(text, _Loader) if text else None
     except yaml.YAMLError as error:
         raise UserError(f"command line: {key}: '{text}' cannot be read") from error
+
+
+def _depth(override: tuple[str, Any]) -> tuple[int, bool]:
+    """What a section is before what is in it: `data=table` keeps a `data.root=...` that stands before it."""
+    parts = override[0].split(".")
+    return len(parts), parts[-1] != _NAMED.get(parts[0])
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from diffkd.assembly import assemble, evaluate
-from diffkd.randomness import cpu_threads
+from diffkd.randomness import cpu_threads, seed_everything
 from diffkd.recipe import Recipe, load
 from diffkd.report.summary import percent
 from diffkd.run import RunFolder
@@ -21,6 +21,7 @@ def evaluate_run(path: str) -> Iterator[str]:
     folder = RunFolder(path)
     summary = folder.read_summary()
     recipe = load(str(folder.recipe_file))
+    seed_everything(recipe.seed)  # a teacher with fresh weights is the same again
     parts = assemble(_as_trained(recipe, folder, summary), with_teacher=summary["agreement"])
     device = torch.device(summary["device"] if torch.cuda.is_available() else "cpu")
     loader = parts.loader(parts.data.test, shuffle=False, device=device)
