@@ -4,7 +4,9 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,9 +18,9 @@ def blocks(language):
     return [body for kind, body in zip(parts[1::4], parts[2::4], strict=True) if kind == language]
 
 
-def commands():
-    """Every diffkd command of the README."""
-    lines = [line for block in blocks("") for line in block.splitlines()]
+def commands(language=""):
+    """Every diffkd command in the README's blocks of one kind."""
+    lines = [line for block in blocks(language) for line in block.splitlines()]
     found = [part.strip() for line in lines for part in line.split("&&")]
     return [command for command in found if command.startswith("diffkd ")]
 
@@ -36,10 +38,45 @@ def test_commands_run_in_their_order(diffkd):
     for command in commands():
         words = command.split()[1:]
         # The first run of all is long: a test of the command, not of its accuracy.
-        short = ["trainer.epochs=2"] if words[0] in ("distill", "train") else []
-        made = ["teacher.train.epochs=2"] if words[0] == "distill" else []
+        short = ["trainer.epochs=2"] if words[0] in ("distill", "train", "compare") else []
+        made = ["teacher.train.epochs=2"] if words[0] in ("distill", "compare") else []
         status, out, err = diffkd(*words, *made, *short)
         assert status == 0, f"{command}\n{out}\n{err}"
+
+
+# What a test machine lacks: time, eight devices, a network for published weights.
+SHORT = ["teacher.train=null", "trainer.max_steps=1", "trainer.accelerator=cpu", "data.workers=0"]
+LACKING = {"teacher.weights=pretrained": "teacher.weights=null", "trainer.devices=8": "trainer.devices=1"}
+
+
+def test_commands_for_data_of_ones_own(diffkd, tmp_path):
+    random = np.random.default_rng(0)
+    for folder in ("photos", "data/imagenet/train", "data/imagenet/val"):
+        for kind in ("cat", "dog"):
+            (tmp_path / folder / kind).mkdir(parents=True)
+            for i in range(4):
+                noise = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / folder / kind / f"{i}.png")
+    (tmp_path / "data/cifar100").mkdir()
+    for split in ("train", "test"):
+        x = random.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"data/cifar100/{split}.npz", x=x, y=np.arange(8))
+    found = [command for command in commands("text") if command.startswith("diffkd distill")]
+    assert len(found) == 4
+    for number, command in enumerate(found):
+        words = [LACKING.get(word, word) for word in command.split()[1:] if "batch_size" not in word]
+        small = [] if "cifar100" in command else ["data.image_size=64", "teacher.weights=null"]
+        status, _, err = diffkd(*words, *SHORT, *small, "data.batch_size=2", f"output=run{number}")
+        assert status == 0, f"{command}\n{err}"
+
+
+def test_the_method_of_ones_own_is_compared(diffkd, tmp_path):
+    (block,) = [block for block in blocks("python") if "class MyLoss" in block]
+    (tmp_path / "my_losses.py").write_text(block)
+    words = ["methods=none,my_losses:MyLoss", "seeds=1", "trainer.epochs=1", "teacher.train.epochs=1"]
+    status, out, err = diffkd("compare", "digits", *words)
+    assert status == 0, err
+    assert "my_losses:MyLoss" in out
 
 
 def test_the_recipe_of_ones_own_runs(diffkd, tmp_path):

@@ -264,8 +264,9 @@ class Recipe(Section):
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a built-in name or a YAML file, with `key=value` overrides.
 
-    Layers: the recipe's `base`, the recipe, the overrides, whole sections before what is in them. Mappings merge; `method` and `taps` of
-    a file replace the base's, and a new `name` or `model` drops the keys that belong to the old one.
+    Layers: the recipe's `base`, the recipe, the overrides (whole sections before what is in them).
+    Mappings merge; `method` and `taps` of a file replace the base's, and a new `name` or `model` drops
+    the keys that belong to the old one.
 
     Raises:
         UserError: anything in it is unknown, missing or impossible; the key is named.
