@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
+from diffkd.losses import check_classes
 from diffkd.names import load_class
 
 
@@ -172,15 +173,18 @@ def needed_features(setup: Setup, method: str, *, resizes: bool = True) -> tuple
 
 
 def needed_logits(setup: Setup, method: str) -> tuple[Pair, ...]:
-    """The pairs that are class scores.
+    """The pairs that are class scores, two classes at least.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is not of that kind.
     """
     if not setup.logits:
         raise UserError(
             f"method '{method}' needs class scores to distil; tap the models' output: taps={{'': ''}}"
         )
+    for pair in setup.logits:
+        check_pair(pair, method)
+        check_classes(pair.name, pair.teacher.channels)
     return setup.logits
 
 

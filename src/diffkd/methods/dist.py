@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.losses import check_classes, check_not_negative, check_positive, precise, to_common_size
-from diffkd.methods.base import Method, Setup, check_pair, needed_logits
+from diffkd.losses import check_not_negative, check_positive, precise, to_common_size
+from diffkd.methods.base import Method, Setup, needed_logits
 
 
 class DIST(Method):
@@ -50,11 +50,7 @@ class DIST(Method):
         check_not_negative(beta=beta, gamma=gamma)
         check_positive(temperature=temperature)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
-        pairs = needed_logits(setup, "dist")
-        self.names = [pair.name for pair in pairs]
-        for pair in pairs:
-            check_pair(pair, "dist")
-            check_classes(pair.name, pair.teacher.channels)
+        self.names = [pair.name for pair in needed_logits(setup, "dist")]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.losses import (
-    check_classes,
     check_not_negative,
     check_positive,
     hard_targets,
@@ -17,7 +16,7 @@ from diffkd.losses import (
     standardize,
     to_common_size,
 )
-from diffkd.methods.base import Method, Setup, check_pair, needed_logits
+from diffkd.methods.base import Method, Setup, needed_logits
 
 
 class DKD(Method):
@@ -72,11 +71,7 @@ class DKD(Method):
         check_positive(temperature=temperature)
         self.alpha, self.beta = alpha, beta
         self.temperature, self.standardize = temperature, standardize
-        pairs = needed_logits(setup, "dkd")
-        self.names = [pair.name for pair in pairs]
-        for pair in pairs:
-            check_pair(pair, "dkd")
-            check_classes(pair.name, pair.teacher.channels)
+        self.names = [pair.name for pair in needed_logits(setup, "dkd")]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

@@ -6,14 +6,13 @@ from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.losses import (
-    check_classes,
     check_positive,
     kl_divergence,
     precise,
     standardize,
     to_common_size,
 )
-from diffkd.methods.base import Method, Setup, check_pair, needed_logits
+from diffkd.methods.base import Method, Setup, needed_logits
 
 
 class KD(Method):
@@ -48,11 +47,7 @@ class KD(Method):
         super().__init__()
         check_positive(temperature=temperature)
         self.temperature, self.standardize = temperature, standardize
-        pairs = needed_logits(setup, "kd")
-        self.names = [pair.name for pair in pairs]
-        for pair in pairs:
-            check_pair(pair, "kd")
-            check_classes(pair.name, pair.teacher.channels)
+        self.names = [pair.name for pair in needed_logits(setup, "kd")]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

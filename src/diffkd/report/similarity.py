@@ -54,6 +54,8 @@ def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
     if place.is_file():
         return json.loads(place.read_text())  # type: ignore[no-any-return]
     recipe = load(str(folder.recipe_file))
+    if recipe.teacher is None or (recipe.teacher.train is not None and teacher_weights is None):
+        return {}  # only runs without a teacher: none was made
     with cpu_threads(recipe.trainer.threads):
         found = _measure(_as_trained(recipe, folder, teacher_weights), folder)
     folder.write_text(place.name, json.dumps(found, indent=2) + "\n")
