@@ -455,7 +455,8 @@ def make_fabric(recipe: Recipe) -> Fabric:
         UserError: a device is not there.
     """
     # Fabric tells of every precision and process that it was asked for.
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     wanted = recipe.trainer
     available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     count = available.get(wanted.accelerator)
