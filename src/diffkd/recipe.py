@@ -176,7 +176,7 @@ class TrainerRecipe(Section):
         ema: decay of the averaged student, which is then what is evaluated and shipped.
         save_every: optimizer steps between checkpoints within an epoch; one is always written at its end.
         threads: CPU threads; small models are faster with 1, and the same number gives the same bits.
-        max_steps: stops after so many optimizer steps, for a trial.
+        max_steps: stops after so many optimizer steps, for a trial; a teacher that is made, too.
     """
 
     epochs: Count = 60
@@ -242,7 +242,7 @@ class Recipe(Section):
         assert self.teacher is not None
         train = self.teacher.train or TeacherTraining()
         model = ModelRecipe(**self.teacher.model_dump(exclude={"train"}))
-        trainer = {"epochs": train.epochs or self.trainer.epochs, "max_steps": None, "ema": None}
+        trainer = {"epochs": train.epochs or self.trainer.epochs, "ema": None}
         data = {"batch_size": train.batch_size or self.data.batch_size}
         return self.model_copy(
             update={
