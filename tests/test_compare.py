@@ -154,6 +154,22 @@ def test_killed_half_way_it_repeats_no_finished_run(tiny, tmp_path, diffkd):
     assert finished.stat().st_mtime_ns == stamp
 
 
+def test_asked_to_stop_side_by_side_it_says_how_to_go_on_and_leaves_nobody_behind(tiny, tmp_path):
+    words = ["compare", tiny, "methods=none,diffkd", "seeds=1", "jobs=2", "output=c", "trainer.epochs=5000"]
+    process = start(*words, cwd=tmp_path)
+    for _ in range(900):
+        if list(tmp_path.glob("c/*/checkpoints/*.pt")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "the same command goes on" in err
+    rows = {place: place.stat().st_size for place in tmp_path.glob("c/*/metrics.csv")}
+    time.sleep(2)
+    assert rows == {place: place.stat().st_size for place in rows}
+
+
 def test_a_method_of_ones_own(tiny, tmp_path, diffkd):
     (tmp_path / "my_losses.py").write_text(
         "import torch.nn.functional as F\n"

@@ -25,30 +25,39 @@ class Reporter:
     Args:
         active: False silences it altogether (processes other than the first).
         progress: False hides the bar.
-        quiet: True says things to the log alone.
+        quiet: True says notes to the log alone; warnings are said all the same.
         what: what the bar begins with.
+        told: warnings that were said before and are not said again.
     """
 
     def __init__(
-        self, *, active: bool = True, progress: bool = True, quiet: bool = False, what: str = ""
+        self,
+        *,
+        active: bool = True,
+        progress: bool = True,
+        quiet: bool = False,
+        what: str = "",
+        told: set[str] | None = None,
     ) -> None:
         self.active, self.quiet = active, quiet
+        self.told = set() if told is None else told
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.log: Callable[[str], None] | None = None
         self._bar, self._what = active and progress and sys.stderr.isatty(), f"{what} " if what else ""
 
     def note(self, line: str) -> None:
         """Says a line, and writes it to the log."""
-        self._say(line, None)
+        self._say(line, not self.quiet)
 
     def warn(self, line: str) -> None:
-        """Says that something looks wrong."""
-        self._say(f"warning: {line}", "yellow")
+        """Says that something looks wrong, once."""
+        self._say(f"warning: {line}", line not in self.told, "yellow")
+        self.told.add(line)
 
-    def _say(self, line: str, style: str | None) -> None:
+    def _say(self, line: str, aloud: bool, style: str | None = None) -> None:
         if not self.active:
             return
-        if not self.quiet:
+        if aloud:
             self.console.print(line, style=style, markup=False)
         if self.log is not None:
             self.log(line)
@@ -59,8 +68,8 @@ class Reporter:
             self.log(line)
 
     def silent(self, what: str) -> "Reporter":
-        """Another reporter whose notes go to its log alone, and whose bar begins with `what`."""
-        other = Reporter(active=self.active, quiet=True, what=what)
+        """Another reporter that keeps its notes to its log, and whose bar begins with `what`."""
+        other = Reporter(active=self.active, quiet=True, what=what, told=self.told)
         other._bar = self._bar
         return other
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,7 +19,7 @@ from rich.console import Console
 from diffkd.assembly import assemble, check_outputs
 from diffkd.console import Reporter
 from diffkd.errors import UserError
-from diffkd.interrupt import InterruptedRunError
+from diffkd.interrupt import InterruptedRunError, StopRequest
 from diffkd.places import check_folder
 from diffkd.randomness import seed_everything
 from diffkd.recipe import MethodRecipe, Recipe, dump, load
@@ -115,7 +115,10 @@ def compare(wanted: Wanted) -> None:
     missing = [run for run in runs if not run.folder.finished]
     if len(missing) < len(runs):
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
-    (_in_turn if wanted.jobs == 1 else _side_by_side)(missing, wanted.jobs, output, console)
+    if wanted.jobs == 1:
+        _in_turn(missing, console)
+    else:
+        _side_by_side(missing, wanted.jobs, output, console)
     comparison = compare_runs(base.name, _finished(runs), notes)
     write_report(comparison, output)
     Console(highlight=False, width=None if console.is_terminal else 150).print(rich_table(comparison))
@@ -178,11 +181,12 @@ def write_report(comparison: dict[str, Any], output: Path) -> None:
             write_atomically(output / name, lambda place, text=text: place.write_text(text, encoding="utf-8"))  # type: ignore[misc]
 
 
-def _in_turn(runs: Sequence[PlannedRun], jobs: int, output: Path, console: Console) -> None:
+def _in_turn(runs: Sequence[PlannedRun], console: Console) -> None:
     """One after the other, in this process."""
+    told: set[str] = set()
     for number, run in enumerate(runs, 1):
         what = f"{run.label} ({number}/{len(runs)})"
-        reporter = Reporter(progress=run.recipe.trainer.progress, quiet=True, what=what)
+        reporter = Reporter(progress=run.recipe.trainer.progress, quiet=True, what=what, told=told)
         try:
             fit(run.recipe, reporter)
         except InterruptedRunError as error:
@@ -212,10 +216,15 @@ def _side_by_side(runs: Sequence[PlannedRun], jobs: int, output: Path, console: 
         finally:
             slots.put(slot)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with StopRequest() as stop, ThreadPoolExecutor(jobs) as pool:
+        pending = {pool.submit(work, run) for run in runs}
         try:
-            for done in [pool.submit(work, run) for run in runs]:
-                done.result()
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if stop.signal is not None:
+                    raise InterruptedRunError("stopped; the same command goes on", stop.signal)
         except BaseException:
             stopped.set()
             for child in children:
