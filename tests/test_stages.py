@@ -6,6 +6,8 @@ import torch
 import torchvision
 from torch import nn
 
+from diffkd import Distiller
+from diffkd.models.base import build
 from diffkd.stages import find_stages
 from diffkd.taps import Taps, dry_run
 
@@ -94,3 +96,27 @@ def test_wrapped_models_and_models_without_maps():
     assert find_stages(model, lambda: model(images), (64, 64))[-1] == "backbone.layer4"
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5))
     assert find_stages(flat, lambda: flat(images), (64, 64)) == []
+
+
+PAIRS = [
+    ("timm/vit_tiny_patch16_224", "timm/resnet10t"),
+    ("timm/resnet10t", "timm/vit_tiny_patch16_224"),
+    ("timm/swin_tiny_patch4_window7_224", "timm/vit_tiny_patch16_224"),
+    ("timm/convnext_atto", "cifar/mobilenetv2"),
+    ("timm/mixer_s32_224", "torchvision/mobilenet_v3_small"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:tap .*resized to the smaller")
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_models_of_different_kinds_teach_each_other_without_a_tap_given(teacher, student):
+    teacher, student = (build(name, num_classes=5, image_shape=(3, 224, 224)) for name in (teacher, student))
+    images = torch.rand(2, 3, 224, 224)
+    distiller = Distiller(student, teacher, sample=images)
+    feature, logits = distiller.pairs
+    assert feature.student.spatial_dims == feature.teacher.spatial_dims == 2
+    assert logits.is_logits
+    for _ in range(2):
+        losses = distiller(images)
+        losses.total.backward()
+        assert bool(losses.total.isfinite())
