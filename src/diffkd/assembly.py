@@ -1,7 +1,8 @@
 """From a recipe to the things that it names: data, task, models, distiller."""
 
 import warnings
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,29 @@ class Parts:
         rows = self.loader(self.data.test, shuffle=False, batch_size=count, device=device)
         return next(iter(rows.epoch()))
 
+    def account(self, distiller: Distiller) -> Iterator[str]:
+        """What was decided for the user, in lines."""
+        yield from self.data.notes
+        for what, side in (("student", self.student), ("teacher", self.teacher)):
+            if side is not None:
+                yield from (f"{what}: {note}" for note in side.notes)
+        for pair in distiller.pairs:
+            yield (
+                f"tap: student {pair.student.layer or 'output'} {pair.student.shape} "
+                f"<- teacher {pair.teacher.layer or 'output'} {pair.teacher.shape}"
+            )
+
+    def fingerprint(self) -> str:
+        """A short name of the data's content, wherever it lies: counts, classes, the first test pictures."""
+        data, sample = self.data, self.sample(16)
+        content = repr((len(data.train), len(data.test), data.class_names, data.num_classes)).encode()
+        images = sample.images if isinstance(sample.images, list) else [sample.images]
+        for image in images:
+            content += image.cpu().contiguous().numpy().tobytes()
+        if isinstance(sample.targets, Tensor):
+            content += sample.targets.cpu().numpy().tobytes()
+        return f"{zlib.crc32(content):08x}"
+
     def distiller(self, sample: Batch) -> tuple[Distiller, list[str]]:
         """The distiller of the recipe's methods, and what it has to say of its taps."""
         methods = {name: {"weight": m.weight, **m.options} for name, m in self.recipe.method.items()}
@@ -146,6 +170,7 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
         UserError: anything that the recipe names does not exist or does not fit.
     """
     check_options(recipe)
+    _check_labels(recipe)
     data = builder(recipe.data.name)(recipe.data.root, **recipe.data.options)
     task = task_class(recipe.task.name)(data, **recipe.task.options)
     student = build_side(recipe.student, data)
@@ -170,6 +195,18 @@ def _check_head(recipe: Recipe, teacher: Side) -> None:
         )
 
 
+def _check_labels(recipe: Recipe) -> None:
+    if recipe.data.options.get("labels") != "none":
+        return
+    if not recipe.method:
+        raise UserError("data.labels=none without a method to distil with: there is nothing to learn from")
+    if recipe.teacher is not None and recipe.teacher.train is not None:
+        raise UserError(
+            "data.labels=none: a teacher cannot be trained without labels; give teacher.weights=FILE "
+            "teacher.train=null"
+        )
+
+
 def build_side(wanted: ModelRecipe, data: Data) -> Side:
     """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order."""
     weights = _find_weights(wanted)
@@ -179,6 +216,9 @@ def build_side(wanted: ModelRecipe, data: Data) -> Side:
     shape = (wants.channels or channels, size or height, size or width)
     mean = wanted.mean or weights.told.get("mean") or wants.mean or data.mean
     std = wanted.std or weights.told.get("std") or wants.std or data.std
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, shape[0]):
+            raise UserError(f"{wanted.model}: {key} has {len(values)} values for {shape[0]} channels")
     model = models.build(
         wanted.model, num_classes=data.num_classes, image_shape=shape, options=wanted.options
     )

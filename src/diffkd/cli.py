@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Heavy imports wait until a command needs them."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -130,7 +131,8 @@ def main() -> None:
 
 
 def _stop(line: str, status: int) -> None:
-    print(line, file=sys.stderr)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # of several processes one speaks
+        print(line, file=sys.stderr)
     raise SystemExit(status)
 
 

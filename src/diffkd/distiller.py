@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.batch import Batch, as_batch
-from diffkd.errors import UserError
+from diffkd.errors import UserError, nearest
 from diffkd.methods.base import Feature, Method, Pair, Setup, method_class
+from diffkd.names import options_of
 from diffkd.stages import find_stages
 from diffkd.taps import Taps, dry_run
 
@@ -30,7 +31,9 @@ class Losses(dict[str, Tensor]):
 
     @property
     def total(self) -> Tensor:
-        """The sum of all losses."""
+        """The sum of all losses; 0 where there are none."""
+        if not self:
+            return torch.zeros(())
         return torch.stack([loss.float() for loss in self.values()]).sum()
 
 
@@ -94,7 +97,14 @@ class Distiller(nn.Module):
         # A tuple hides the teacher from parameters(), state_dict(), train() and DDP.
         self._frozen = _freeze(teacher, teacher_input or nn.Identity()) if teacher is not None else ()
         self._run = run
+        if sample is None:
+            raise UserError("give sample=, a batch of images for the dry run that finds channels and layouts")
         builders = _builders({methods: 1.0} if isinstance(methods, str) else methods)
+        shared = (
+            {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()} if teacher else ()
+        )
+        if shared:
+            raise UserError(f"student and teacher share {len(shared)} weights; deep-copy the teacher")
         if teacher is None and builders:
             raise UserError(f"method '{next(iter(builders))}' needs a teacher")
         self.weights = {name: weight for name, (_, weight) in builders.items()}
@@ -239,6 +249,8 @@ def _image_size(images: Any) -> tuple[int, ...] | None:
 
 def _builders(methods: Mapping[str, MethodChoice]) -> dict[str, tuple[Any, float]]:
     """Per method, keyed by a name fit for a module: what builds it of a Setup, and its weight."""
+    if not isinstance(methods, Mapping):
+        raise UserError('methods: a name, or names with weights such as {"diffkd": 1.0, "kd": 0.5}')
     found: dict[str, tuple[Any, float]] = {}
     for name, choice in methods.items():
         key = name.rpartition(":")[2].replace(".", "_")
@@ -251,6 +263,8 @@ def _builders(methods: Mapping[str, MethodChoice]) -> dict[str, tuple[Any, float
             weight, build = float(choice), _Configured(method_class(name), {})
         else:
             build = choice
+        if weight < 0:
+            raise UserError(f"method '{name}': weight {weight} is negative")
         found[key] = (build, weight)
     return found
 
@@ -260,6 +274,12 @@ class _Configured:
 
     def __init__(self, kind: type[Method], options: dict[str, Any]) -> None:
         self.kind, self.options = kind, options
+        known = options_of(kind)
+        for option in options:
+            if option not in known:
+                raise UserError(
+                    f"method '{kind.__name__}' takes no option '{option}'{nearest(option, known)}"
+                )
         self.stages, self.uses_logits = kind.stages, kind.uses_logits
 
     def __call__(self, setup: Setup) -> Method:
@@ -274,6 +294,14 @@ def _pair_up(
 ) -> tuple[Pair, ...]:
     """Pairs of the tapped features; a tap that gives several maps gives as many pairs."""
     pairs = []
+    for tap in logits:
+        entries = _entries(tap, students) if tap in taps else []
+        if entries and entries != [tap.partition("@")[0]]:
+            warnings.warn(
+                f"the student's output has the entries {', '.join(entries)}: none is taken for class scores; "
+                f"say which, such as logits=('{entries[0]}',)",
+                stacklevel=5,
+            )
     for student_tap, teacher_tap in taps.items():
         ours, theirs = _entries(student_tap, students), _entries(teacher_tap, teachers)
         if len(ours) != len(theirs):
@@ -283,7 +311,7 @@ def _pair_up(
                 f"name single ones, such as '{(ours if len(ours) > 1 else theirs)[0]}'"
             )
         for a, b in zip(ours, theirs, strict=True):
-            is_logits = student_tap in logits and teacher_tap in logits
+            is_logits = a in logits and b in logits
             pair = Pair(a or "output", Feature(a, students[a]), Feature(b, teachers[b]), is_logits)
             if is_logits and pair.student.channels != pair.teacher.channels:
                 raise UserError(

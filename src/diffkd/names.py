@@ -73,6 +73,14 @@ def _load_module(where: str, name: str) -> ModuleType:
         raise UserError(f"'{name}' cannot be loaded: {type(error).__name__}: {error}") from error
 
 
+def source_of(name: str) -> bytes:
+    """The file that holds what `package.module:Name` or `folder/file.py:Name` names; empty if unknown."""
+    try:
+        return Path(inspect.getsourcefile(load_object(name)) or "").read_bytes()
+    except (TypeError, OSError):
+        return b""
+
+
 def submodules(package: str) -> list[str]:
     """Names of the files of a package that add something to it (`base` and private ones aside).
 

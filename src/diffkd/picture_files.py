@@ -119,6 +119,10 @@ class PictureOptions:
         if policy not in _OWN_POLICIES and not _TIMM_POLICY.fullmatch(policy):
             known = [*_OWN_POLICIES, *_NAMED_POLICIES, "rand-m9-mstd0.5", "original", "v0", "3a"]
             raise UserError(f"unknown data.augment '{self.augment}'{nearest(self.augment, known)}")
+        try:
+            self._policy()
+        except (ValueError, AssertionError, KeyError) as error:
+            raise UserError(f"data.augment '{self.augment}' is no policy that timm knows: {error}") from error
 
     def train_transform(self) -> Callable[[Image.Image], Tensor]:
         """From an RGB picture to a random view of it, `(3, image_size, image_size)` uint8."""

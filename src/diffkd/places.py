@@ -30,6 +30,13 @@ def check_cache(place: Path) -> None:
         raise UserError(f"no space left in the cache folder '{place.parent}'; make room, or {hint}")
 
 
+def check_data(folder: RunFolder, fingerprint: str) -> None:
+    """Raises UserError where the run in the folder was made on other data."""
+    place = folder.path / "data.txt"
+    if place.is_file() and place.read_text().strip() != fingerprint:
+        raise UserError(f"the run in '{folder.path}' was made on other data; set output= for a new run")
+
+
 def check_folder(folder: RunFolder, recipe: Recipe) -> None:
     """Raises UserError where the run folder may not be written to, or holds another run."""
     if not folder.exists():

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from diffkd.errors import UserError, nearest
+from diffkd.names import is_path, source_of
 from diffkd.recipe_errors import first_error
 from diffkd.recipe_files import read_layers
 
@@ -275,6 +276,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     3
     """
     content, place = read_layers(name, overrides)
+    if content.get("resume") and not content.get("output") and (place.parent / "checkpoints").is_dir():
+        content["output"] = str(place.parent)  # a run's own recipe.yaml
     return _validate(content, str(place) if not overrides else f"{place} with the command line")
 
 
@@ -292,10 +295,13 @@ def dump(recipe: Recipe) -> str:
 
 def cache_key(recipe: Recipe) -> str:
     """A short name of everything that determines the weights that a recipe trains."""
+    from diffkd.weights import is_local, weights_file
+
     content = _determining(recipe)
-    weights = Path(recipe.student.weights or "")
-    if weights.is_file():
-        content["start"] = zlib.crc32(weights.read_bytes())
+    if recipe.student.weights is not None and is_local(recipe.student.weights):
+        content["start"] = zlib.crc32(weights_file(recipe.student.weights).read_bytes())
+    if is_path(recipe.student.model):
+        content["code"] = zlib.crc32(source_of(recipe.student.model))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

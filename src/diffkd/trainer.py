@@ -1,8 +1,9 @@
 """The loop: step, validate, save, resume. The only file that imports Fabric."""
 
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diffkd.assembly import Side, assemble, check_outputs, describe_student, evaluate
+from diffkd.assembly import Parts, Side, assemble, check_outputs, describe_student, evaluate
 from diffkd.batch import Batch
 from diffkd.console import Reporter
 from diffkd.errors import UserError
@@ -25,10 +26,10 @@ from diffkd.interrupt import InterruptedRunError, StopRequest
 from diffkd.measure import machine, peak_memory, reset_peak_memory
 from diffkd.meter import Meter, Place
 from diffkd.optim import build_optimizer, lr_factor, set_lr
-from diffkd.places import cache_folder, check_cache, check_folder
+from diffkd.places import cache_folder, check_cache, check_data, check_folder
 from diffkd.randomness import cpu_threads, random_state, seed_everything, set_random_state
 from diffkd.recipe import Recipe, cache_key, dump
-from diffkd.run import History, RunFolder, load_checkpoint, resume_hint
+from diffkd.run import History, RunFolder, load_checkpoint, resume_hint, saying_where
 from diffkd.weights import load_weights
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -49,14 +50,10 @@ class Trainer:
     def __init__(self, recipe: Recipe, fabric: Fabric, reporter: Reporter) -> None:
         self.recipe, self.fabric, self.reporter = recipe, fabric, reporter
         self.folder = RunFolder(recipe.run_folder())
-        if fabric.is_global_zero:
-            check_folder(self.folder, recipe)
+        _on_first(fabric, lambda: check_folder(self.folder, recipe))
         seed_everything(recipe.seed)
-        if recipe.data.options.get("labels") == "none" and not recipe.method:
-            raise UserError(
-                "data.labels=none without a method to distil with: there is nothing to learn from"
-            )
         self.parts = parts = assemble(recipe, with_teacher=bool(recipe.method))
+        _on_first(fabric, lambda: check_data(self.folder, parts.fingerprint()))
         sample = parts.sample(2)
         self.agreement = sample.targets is None
         check_outputs(parts, sample)
@@ -119,6 +116,7 @@ class Trainer:
                 self._train_epoch(place, bar, stop)
                 self._end_epoch(place)
         self._finish(place, teacher)
+        self.fabric.barrier()  # nobody reads the student before it is written
         return self.folder
 
     @property
@@ -133,8 +131,9 @@ class Trainer:
             fresh = not self.folder.exists()
             if fresh:
                 self.folder.create(dump(self.recipe))
+                self.folder.write_text("data.txt", self.parts.fingerprint() + "\n")
             self.reporter.log = self.folder.say
-            for line in self._account():
+            for line in (f"run folder: {self.folder.path}", *self.parts.account(self.distiller)):
                 self.reporter.note(line)
             for line in self.warnings:
                 self.reporter.warn(line)
@@ -146,19 +145,6 @@ class Trainer:
             self.reporter.note(f"resumed at epoch {place.epoch + 1}, step {place.step} from {found.name}")
         self.logger = TensorBoardLogger(self.folder.path, name="", version="")
         return place
-
-    def _account(self) -> Iterator[str]:
-        """What the run decided by itself, in lines."""
-        yield f"run folder: {self.folder.path}"
-        yield from self.parts.data.notes
-        for what, side in (("student", self.parts.student), ("teacher", self.parts.teacher)):
-            if side is not None:
-                yield from (f"{what}: {note}" for note in side.notes)
-        for pair in self.distiller.pairs:
-            yield (
-                f"tap: student {pair.student.layer or 'output'} {pair.student.shape} "
-                f"<- teacher {pair.teacher.layer or 'output'} {pair.teacher.shape}"
-            )
 
     def _judge_teacher(self) -> dict[str, float] | None:
         """The teacher's own figures; warns where it looks untrained."""
@@ -414,19 +400,19 @@ def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
     # The whole run is built before its teacher is trained: a mistake shows at once.
     trainer = Trainer(recipe, fabric, reporter)
     if trainer.parts.teacher is not None and recipe.teacher is not None and recipe.teacher.train is not None:
-        made = make_teacher(recipe, trainer.parts.teacher.weights, fabric, reporter)
+        made = make_teacher(recipe, trainer.parts, fabric, reporter)
         loaded = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
         trainer.parts.teacher.notes.append(loaded.note)
         trainer.parts.teacher.weights = str(made.student_file.absolute())
     return trainer.run()
 
 
-def make_teacher(recipe: Recipe, weights: str | None, fabric: Fabric, reporter: Reporter) -> RunFolder:
+def make_teacher(recipe: Recipe, parts: Parts, fabric: Fabric, reporter: Reporter) -> RunFolder:
     """The run that trained the recipe's teacher: found in the cache, or run now and kept there.
 
     Args:
         recipe: the student's run.
-        weights: those that the teacher's training starts from, as they were found.
+        parts: the run's, whose data and teacher's weights, as they were found, determine the teacher too.
         fabric: launched.
         reporter: says what happens.
 
@@ -434,18 +420,40 @@ def make_teacher(recipe: Recipe, weights: str | None, fabric: Fabric, reporter: 
         UserError: the cache folder cannot be used.
     """
     wanted = recipe.teacher_recipe()
-    wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update={"weights": weights})})
-    place = cache_folder() / "teachers" / f"{wanted.student.model.replace('/', '-')}-{cache_key(wanted)}"
+    start = {"weights": parts.teacher.weights if parts.teacher else None}
+    wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update=start)})
+    name = re.sub(r"[^\w.-]+", "-", wanted.student.model)
+    place = cache_folder() / "teachers" / f"{name}-{cache_key(wanted)}-{parts.fingerprint()}"
     wanted = wanted.model_copy(update={"output": str(place), "resume": True})
     folder = RunFolder(place)
-    if folder.finished:
+    if fabric.broadcast(folder.finished):
         reporter.note(f"teacher: {wanted.student.model} from {place}")
         return folder
-    if fabric.is_global_zero:
-        check_cache(place)
+    _on_first(fabric, lambda: check_cache(place))
+    with saying_where(recipe.run_folder()):  # a place that cannot be written to shows before, too
+        recipe.run_folder().mkdir(parents=True, exist_ok=True)
     reporter.note(f"teacher: training {wanted.student.model} once, kept in {place}")
     with FileLock(f"{place}.lock") if fabric.is_global_zero else nullcontext():
-        return folder if folder.finished else _fit(wanted, fabric, reporter.silent("teacher"))
+        if fabric.broadcast(folder.finished):  # by another run, while this one waited
+            return folder
+        try:
+            return _fit(wanted, fabric, reporter.silent("teacher"))
+        except InterruptedRunError as error:
+            line = "stopped while the teacher was trained; saved; the same command goes on"
+            raise InterruptedRunError(line, error.signal) from error
+
+
+def _on_first(fabric: Fabric, check: Callable[[], None]) -> None:
+    """Runs a check in the first process; its error is every process's."""
+    said = None
+    if fabric.is_global_zero:
+        try:
+            check()
+        except UserError as error:
+            said = str(error)
+    said = fabric.broadcast(said)
+    if said is not None:
+        raise UserError(said)
 
 
 def make_fabric(recipe: Recipe) -> Fabric:

@@ -140,7 +140,10 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
             "convert it to safetensors where you trust it"
         ) from error
     except Exception as error:
-        raise UserError(f"'{place}' cannot be read: {str(error).splitlines()[0]}") from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"'{place}' cannot be read ({type(error).__name__}: {reason}): damaged, or no weights"
+        ) from error
     said = place.name
     while isinstance(content, dict) and (
         nest := next((k for k in NESTS if isinstance(content.get(k), dict) and content[k]), "")

@@ -106,7 +106,13 @@ def _build_outside(name: str, known: dict[str, Any], options: dict[str, Any]) ->
     if not _open_ended(function):
         _check_options(name, function, options)
         known = {k: v for k, v in known.items() if k in takes}
-    model = function(**{**known, **options})
+    try:
+        model = function(**{**known, **options})
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"model '{name}' cannot be built: {reason}; student.options or teacher.options add arguments"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model '{name}' returned {type(model).__name__}, not a torch.nn.Module")
     return model

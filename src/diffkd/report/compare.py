@@ -20,7 +20,7 @@ from diffkd.assembly import assemble, check_outputs
 from diffkd.console import Reporter
 from diffkd.errors import UserError
 from diffkd.interrupt import InterruptedRunError, StopRequest
-from diffkd.places import check_folder
+from diffkd.places import check_data, check_folder
 from diffkd.randomness import seed_everything
 from diffkd.recipe import MethodRecipe, Recipe, dump, load
 from diffkd.report.comparison import FinishedRun, compare_runs, markdown, rich_table, to_csv
@@ -157,6 +157,7 @@ def check_methods(runs: Sequence[PlannedRun]) -> list[str]:
             parts = assemble(run.recipe, with_teacher=bool(run.recipe.method))
             sample = parts.sample(2)
             check_outputs(parts, sample)
+            check_data(run.folder, parts.fingerprint())
             notes |= dict.fromkeys([*parts.data.notes, *parts.distiller(sample)[1]])
         except UserError as error:
             raise UserError(f"methods: '{label}': {error}") from error

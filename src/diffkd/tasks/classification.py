@@ -23,7 +23,7 @@ class Classification(Task):
         label_smoothing: share of the target probability spread evenly over all classes.
 
     Raises:
-        UserError: the data set has no classes.
+        UserError: the data set has no classes, or the smoothing is out of range.
     """
 
     metric = "top1"
@@ -33,6 +33,8 @@ class Classification(Task):
         super().__init__(data)
         if data.num_classes is None:
             raise UserError("task 'classification' needs a data set with classes")
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"task.label_smoothing={label_smoothing}: needs at least 0 and less than 1")
         self.num_classes = data.num_classes
         self.label_smoothing = label_smoothing
 
