@@ -26,6 +26,7 @@ class RunFolder:
 
     ```
     recipe.yaml      the resolved recipe: all that is needed to run it again
+    data.txt         a fingerprint of the data, so that the run is not continued on other data
     metrics.csv      one row per epoch
     summary.json     figures of the finished run
     log.txt          what the run said
