@@ -4,6 +4,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,28 +92,33 @@ class Parts:
         rows = self.loader(self.data.test, shuffle=False, batch_size=count, device=device)
         return next(iter(rows.epoch()))
 
-    def account(self, distiller: Distiller) -> Iterator[str]:
-        """What was decided for the user, in lines."""
+    def notes(self) -> Iterator[str]:
+        """What data and models decided for the user, in lines."""
         yield from self.data.notes
         for what, side in (("student", self.student), ("teacher", self.teacher)):
             if side is not None:
                 yield from (f"{what}: {note}" for note in side.notes)
+
+    def account(self, distiller: Distiller) -> Iterator[str]:
+        """The notes, and what is tapped."""
+        yield from self.notes()
         for pair in distiller.pairs:
             yield (
                 f"tap: student {pair.student.layer or 'output'} {pair.student.shape} "
                 f"<- teacher {pair.teacher.layer or 'output'} {pair.teacher.shape}"
             )
 
+    @cached_property
     def fingerprint(self) -> str:
         """A short name of the data's content, wherever it lies: counts, classes, the first test pictures."""
         data, sample = self.data, self.sample(16)
-        content = repr((len(data.train), len(data.test), data.class_names, data.num_classes)).encode()
-        images = sample.images if isinstance(sample.images, list) else [sample.images]
-        for image in images:
-            content += image.cpu().contiguous().numpy().tobytes()
-        if isinstance(sample.targets, Tensor):
-            content += sample.targets.cpu().numpy().tobytes()
-        return f"{zlib.crc32(content):08x}"
+        told = repr((len(data.train), len(data.test), data.class_names, data.num_classes))
+        tensors = [*(sample.images if isinstance(sample.images, list) else [sample.images]), sample.targets]
+        checksum = zlib.crc32(told.encode())
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                checksum = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), checksum)
+        return f"{checksum:08x}"
 
     def distiller(self, sample: Batch) -> tuple[Distiller, list[str]]:
         """The distiller of the recipe's methods, and what it has to say of its taps."""

@@ -92,6 +92,11 @@ class Distiller(nn.Module):
         dataset_size: int | None = None,
     ) -> None:
         super().__init__()
+        shared = (
+            {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()} if teacher else ()
+        )
+        if shared:
+            raise UserError(f"student and teacher share {len(shared)} weights; deep-copy the teacher")
         self.student = student
         self.student_input = student_input or nn.Identity()
         # A tuple hides the teacher from parameters(), state_dict(), train() and DDP.
@@ -100,11 +105,6 @@ class Distiller(nn.Module):
         if sample is None:
             raise UserError("give sample=, a batch of images for the dry run that finds channels and layouts")
         builders = _builders({methods: 1.0} if isinstance(methods, str) else methods)
-        shared = (
-            {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()} if teacher else ()
-        )
-        if shared:
-            raise UserError(f"student and teacher share {len(shared)} weights; deep-copy the teacher")
         if teacher is None and builders:
             raise UserError(f"method '{next(iter(builders))}' needs a teacher")
         self.weights = {name: weight for name, (_, weight) in builders.items()}

@@ -53,7 +53,7 @@ class Trainer:
         _on_first(fabric, lambda: check_folder(self.folder, recipe))
         seed_everything(recipe.seed)
         self.parts = parts = assemble(recipe, with_teacher=bool(recipe.method))
-        _on_first(fabric, lambda: check_data(self.folder, parts.fingerprint()))
+        _on_first(fabric, lambda: check_data(self.folder, parts.fingerprint))
         sample = parts.sample(2)
         self.agreement = sample.targets is None
         check_outputs(parts, sample)
@@ -131,7 +131,7 @@ class Trainer:
             fresh = not self.folder.exists()
             if fresh:
                 self.folder.create(dump(self.recipe))
-                self.folder.write_text("data.txt", self.parts.fingerprint() + "\n")
+                self.folder.write_text("data.txt", self.parts.fingerprint + "\n")
             self.reporter.log = self.folder.say
             for line in (f"run folder: {self.folder.path}", *self.parts.account(self.distiller)):
                 self.reporter.note(line)
@@ -423,7 +423,7 @@ def make_teacher(recipe: Recipe, parts: Parts, fabric: Fabric, reporter: Reporte
     start = {"weights": parts.teacher.weights if parts.teacher else None}
     wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update=start)})
     name = re.sub(r"[^\w.-]+", "-", wanted.student.model)
-    place = cache_folder() / "teachers" / f"{name}-{cache_key(wanted)}-{parts.fingerprint()}"
+    place = cache_folder() / "teachers" / f"{name}-{cache_key(wanted)}-{parts.fingerprint}"
     wanted = wanted.model_copy(update={"output": str(place), "resume": True})
     folder = RunFolder(place)
     if fabric.broadcast(folder.finished):

@@ -49,10 +49,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _notes(parts: Parts, warnings: list[str]) -> list[str]:
-    notes = list(parts.data.notes)
-    for what, side in (("student", parts.student), ("teacher", parts.teacher)):
-        if side is not None:
-            notes += [f"{what}: {note}" for note in side.notes]
+    notes = list(parts.notes())
     teacher = parts.recipe.teacher
     if parts.teacher is not None and teacher is not None and teacher.weights is None:
         notes.append("teacher: fresh weights here (a check trains nothing)")

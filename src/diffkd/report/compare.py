@@ -157,7 +157,7 @@ def check_methods(runs: Sequence[PlannedRun]) -> list[str]:
             parts = assemble(run.recipe, with_teacher=bool(run.recipe.method))
             sample = parts.sample(2)
             check_outputs(parts, sample)
-            check_data(run.folder, parts.fingerprint())
+            check_data(run.folder, parts.fingerprint)
             notes |= dict.fromkeys([*parts.data.notes, *parts.distiller(sample)[1]])
         except UserError as error:
             raise UserError(f"methods: '{label}': {error}") from error

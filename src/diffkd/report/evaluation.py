@@ -1,13 +1,12 @@
 """A finished run's student, measured again."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from diffkd.assembly import assemble, evaluate
 from diffkd.randomness import cpu_threads, seed_everything
-from diffkd.recipe import Recipe, load
+from diffkd.recipe import ModelRecipe, Recipe, load
 from diffkd.report.summary import percent
 from diffkd.run import RunFolder
 
@@ -21,8 +20,9 @@ def evaluate_run(path: str) -> Iterator[str]:
     folder = RunFolder(path)
     summary = folder.read_summary()
     recipe = load(str(folder.recipe_file))
+    weights = summary["teacher"]["weights"] if summary["teacher"] else None
     seed_everything(recipe.seed)  # a teacher with fresh weights is the same again
-    parts = assemble(_as_trained(recipe, folder, summary), with_teacher=summary["agreement"])
+    parts = assemble(as_trained(recipe, folder, weights), with_teacher=summary["agreement"])
     device = torch.device(summary["device"] if torch.cuda.is_available() else "cpu")
     loader = parts.loader(parts.data.test, shuffle=False, device=device)
     with cpu_threads(recipe.trainer.threads):
@@ -35,10 +35,11 @@ def evaluate_run(path: str) -> Iterator[str]:
         yield f"{name} {value!r} ({percent(value)}, {agrees})"
 
 
-def _as_trained(recipe: Recipe, folder: RunFolder, summary: dict[str, Any]) -> Recipe:
-    """The recipe with the weights that the run ended with."""
-    found = {"student": recipe.student.model_copy(update={"weights": str(folder.path)})}
-    if summary["agreement"] and recipe.teacher is not None:
-        weights = {"weights": summary["teacher"]["weights"], "train": None}
-        found["teacher"] = recipe.teacher.model_copy(update=weights)
+def as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None) -> Recipe:
+    """A run's recipe with the weights that it ended with, and its teacher's as they were found or made."""
+    found: dict[str, ModelRecipe] = {
+        "student": recipe.student.model_copy(update={"weights": str(folder.path)})
+    }
+    if recipe.teacher is not None:
+        found["teacher"] = recipe.teacher.model_copy(update={"weights": teacher_weights, "train": None})
     return recipe.model_copy(update=found)

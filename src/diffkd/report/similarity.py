@@ -2,17 +2,16 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffkd.assembly import Parts, assemble
-from diffkd.batch import Batch
 from diffkd.distiller import Distiller
 from diffkd.layers import pooled
 from diffkd.randomness import cpu_threads, seed_everything
 from diffkd.recipe import MethodRecipe, Recipe, load
+from diffkd.report.evaluation import as_trained
 from diffkd.run import RunFolder, load_checkpoint
 
 MOST_PICTURES = 2048
@@ -57,17 +56,11 @@ def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
     if recipe.teacher is None or (recipe.teacher.train is not None and teacher_weights is None):
         return {}  # only runs without a teacher: none was made
     with cpu_threads(recipe.trainer.threads):
-        found = _measure(_as_trained(recipe, folder, teacher_weights), folder)
+        method = recipe.method if "diffkd" in recipe.method else {OBSERVER: MethodRecipe()}
+        trained = as_trained(recipe, folder, teacher_weights).model_copy(update={"method": method})
+        found = _measure(trained, folder)
     folder.write_text(place.name, json.dumps(found, indent=2) + "\n")
     return found
-
-
-def _as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None) -> Recipe:
-    assert recipe.teacher is not None
-    student = recipe.student.model_copy(update={"weights": str(folder.path)})
-    teacher = recipe.teacher.model_copy(update={"weights": teacher_weights, "train": None})
-    method = recipe.method if "diffkd" in recipe.method else {OBSERVER: MethodRecipe()}
-    return recipe.model_copy(update={"student": student, "teacher": teacher, "method": method})
 
 
 def _measure(recipe: Recipe, folder: RunFolder) -> Similarity:
@@ -116,7 +109,7 @@ def _features(distiller: Distiller, parts: Parts, device: torch.device) -> tuple
         for method in distiller.methods.values():
             matched: Mapping[str, tuple[Tensor, Tensor]] = method.matched(student, teacher)  # type: ignore[operator]
             _add(after, {name: matched[name] for name in names if name in matched})
-        seen += _count(batch)
+        seen += len(batch.images)
         if seen >= MOST_PICTURES:
             break
     return before, after
@@ -130,8 +123,3 @@ def _add(rows: Rows, features: Mapping[str, tuple[Tensor, Tensor]]) -> None:
 def _joined(rows: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     ours, theirs = zip(*rows, strict=True)
     return torch.cat(ours), torch.cat(theirs)
-
-
-def _count(batch: Batch) -> int:
-    images: Any = batch.images
-    return len(images)
