@@ -14,10 +14,10 @@ from statistics import mean, stdev
 
 import torch
 
-from diffkd.console import Reporter
-from diffkd.recipe import load
-from diffkd.run import RunFolder
-from diffkd.trainer import fit
+from diffkd.recipe.schema import load
+from diffkd.runs.console import Reporter
+from diffkd.runs.folder import RunFolder
+from diffkd.training.trainer import fit
 
 METHODS = {"none": "student alone", "diffkd": "with DiffKD"}
 

@@ -19,7 +19,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from diffkd.run import RunFolder
+from diffkd.runs.folder import RunFolder
 
 SETTINGS = [
     "student=timm/mobilenetv3_small_100",

@@ -110,8 +110,8 @@ def test_methods_start_from_the_same_student_and_see_the_same_batches(tiny, tmp_
     import torch
 
     from diffkd.assembly import assemble
-    from diffkd.randomness import seed_everything
-    from diffkd.recipe import load
+    from diffkd.maths.randomness import seed_everything
+    from diffkd.recipe.schema import load
 
     states, batches = [], []
     for method in ("none", "kd", "diffkd"):

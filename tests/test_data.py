@@ -14,7 +14,7 @@ from diffkd.batch import Batch
 from diffkd.data.base import BatchedSplit, Loader, builder
 from diffkd.errors import UserError
 from diffkd.names import options_of
-from diffkd.pictures import ArraySplit, channel_statistics, cut_out, hold_out, mix_batch
+from diffkd.pictures.memory import ArraySplit, channel_statistics, cut_out, hold_out, mix_batch
 
 
 def generator(seed=0):

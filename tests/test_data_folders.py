@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffkd.data.base import Loader, builder
 from diffkd.errors import UserError
-from diffkd.picture_files import ENDINGS
+from diffkd.pictures.files import ENDINGS
 from picture_cases import GREEN, RED, build, error, paint, tree
 
 # folders

@@ -8,7 +8,7 @@ from torch import nn
 
 import oracle_features as oracle
 from diffkd import Batch, UserError
-from diffkd.layers import inner_products, unit
+from diffkd.maths.layers import inner_products, unit
 from diffkd.methods.base import Feature, Pair, Setup, method_class
 
 NAMES = ("fitnet", "at", "sp", "rkd", "pkt", "vid", "mgd", "ofd", "crd", "reviewkd")

@@ -8,7 +8,7 @@ from torch import nn
 
 import oracle_logits as oracle
 from diffkd import Batch, UserError
-from diffkd.losses import hard_targets
+from diffkd.maths.losses import hard_targets
 from diffkd.methods.base import Feature, Pair, Setup, method_class
 
 K = 4

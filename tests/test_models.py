@@ -8,7 +8,7 @@ from diffkd.assembly import build_side
 from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.models.base import Preprocess, build, published_state, wants
-from diffkd.recipe import ModelRecipe
+from diffkd.recipe.schema import ModelRecipe
 
 SHAPE = (3, 64, 64)
 

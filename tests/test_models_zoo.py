@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffkd.errors import UserError
+from diffkd.features.stages import find_stages
 from diffkd.models import cifar, imagenet
-from diffkd.stages import find_stages
 
 PARAMETERS = {
     "resnet8": 83_892,

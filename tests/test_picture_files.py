@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffkd.errors import UserError
-from diffkd.picture_files import Erase, PictureOptions, decode
+from diffkd.pictures.files import Erase, PictureOptions, decode
 from picture_cases import GREEN, RED, paint
 
 # decoding

@@ -8,8 +8,8 @@ import yaml
 
 from conftest import TINY
 from diffkd.errors import UserError
-from diffkd.recipe import cache_key, check_options, difference, dump, load
-from diffkd.recipe_files import RECIPES, builtin
+from diffkd.recipe.files import RECIPES, builtin
+from diffkd.recipe.schema import cache_key, check_options, difference, dump, load
 
 
 def recipe(tmp_path, text, *overrides):
@@ -215,7 +215,9 @@ def test_unknown_recipe_gives_the_nearest():
 
 
 def test_reading_a_recipe_does_not_import_torch():
-    code = "import sys; from diffkd.recipe import load; load('digits'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from diffkd.recipe.schema import load; load('digits'); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffkd.recipe import load
-from diffkd.recipe_files import builtin
+from diffkd.recipe.files import builtin
+from diffkd.recipe.schema import load
 
 RECIPES = [name for name in builtin() if name != "digits"]
 # Large teachers see small pictures here.
@@ -86,7 +86,7 @@ def test_settings_of_the_literature(name):
 
 
 def test_one_teacher_serves_all_its_students():
-    from diffkd.recipe import cache_key
+    from diffkd.recipe.schema import cache_key
 
     ours = {cache_key(load(n).teacher_recipe()) for n in RECIPES if n.startswith("cifar100/resnet32x4")}
     assert len(ours) == 1

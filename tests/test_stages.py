@@ -7,9 +7,9 @@ import torchvision
 from torch import nn
 
 from diffkd import Distiller
+from diffkd.features.stages import find_stages
+from diffkd.features.taps import Taps, dry_run
 from diffkd.models.base import build
-from diffkd.stages import find_stages
-from diffkd.taps import Taps, dry_run
 
 # family: pictures' size, last map `(C, H, W)`, number of stages
 TORCHVISION = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffkd.errors import UserError
-from diffkd.taps import Taps, dry_run
+from diffkd.features.taps import Taps, dry_run
 
 
 def probe(model, layers, images, size="images"):

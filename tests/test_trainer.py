@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import start
-from diffkd.console import Reporter
 from diffkd.errors import UserError
-from diffkd.recipe import load
-from diffkd.run import RunFolder
-from diffkd.trainer import fit
+from diffkd.recipe.schema import load
+from diffkd.runs.console import Reporter
+from diffkd.runs.folder import RunFolder
+from diffkd.training.trainer import fit
 
 
 def run(tiny, output, *overrides):

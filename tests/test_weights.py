@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffkd.errors import UserError
-from diffkd.weights import is_local, load_weights
+from diffkd.models.weights import is_local, load_weights
 
 
 def net(classes=5, width=4):

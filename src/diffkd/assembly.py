@@ -14,13 +14,13 @@ from diffkd.batch import Batch
 from diffkd.data.base import Data, Loader, Split, builder
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError
-from diffkd.measure import Cost, cost
 from diffkd.methods.base import method_class
 from diffkd.models import base as models
-from diffkd.pictures import mix_batch
-from diffkd.recipe import ModelRecipe, Recipe, check_options
+from diffkd.models.measure import Cost, cost
+from diffkd.models.weights import description, is_local, load_state, read_weights
+from diffkd.pictures.memory import mix_batch
+from diffkd.recipe.schema import ModelRecipe, Recipe, check_options
 from diffkd.tasks.base import Task, task_class
-from diffkd.weights import description, is_local, load_state, read_weights
 
 AVAILABLE = "available"  # published weights where they can be fetched
 

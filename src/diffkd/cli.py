@@ -10,7 +10,7 @@ from diffkd import __version__
 from diffkd.errors import UserError
 
 if TYPE_CHECKING:
-    from diffkd.recipe import Recipe
+    from diffkd.recipe.schema import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +38,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def distill(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Distil the recipe's teacher into its student."""
-    from diffkd.recipe import load
+    from diffkd.recipe.schema import load
 
     wanted = load(recipe, overrides or [])
     if wanted.method and wanted.teacher is None:
@@ -49,7 +49,7 @@ def distill(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Train the recipe's student alone, without a teacher."""
-    from diffkd.recipe import load
+    from diffkd.recipe.schema import load
 
     _run(load(recipe, [*(overrides or []), "method=none", "teacher=null"]))
 
@@ -84,7 +84,7 @@ def evaluate(run: Annotated[str, typer.Argument(metavar="RUN", help="A run folde
 @app.command()
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Build everything and run one batch: what is tapped, what it costs, what learns."""
-    from diffkd.recipe import load
+    from diffkd.recipe.schema import load
 
     wanted = load(recipe, overrides or [])
     from diffkd.report.check import check_recipe
@@ -107,7 +107,7 @@ def list_(
 def _run(recipe: "Recipe") -> None:
     # Imported now, not at the top: a mistake in the recipe has already shown, without a wait.
     from diffkd.report.summary import finish
-    from diffkd.trainer import fit
+    from diffkd.training.trainer import fit
 
     finish(fit(recipe))
 

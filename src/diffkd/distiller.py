@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError, nearest
+from diffkd.features.stages import find_stages
+from diffkd.features.taps import Taps, dry_run
 from diffkd.methods.base import Feature, Method, Pair, Setup, method_class
 from diffkd.names import options_of
-from diffkd.stages import find_stages
-from diffkd.taps import Taps, dry_run
 
 MethodChoice = float | Mapping[str, Any] | Callable[[Setup], Method]
 Run = Callable[[nn.Module, Batch], Any]

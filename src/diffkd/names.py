@@ -81,8 +81,12 @@ def source_of(name: str) -> bytes:
         return b""
 
 
+# Files of a room that serve the others there and are not among its choices.
+SUPPORT = ("base", "measure", "weights")
+
+
 def submodules(package: str) -> list[str]:
-    """Names of the files of a package that add something to it (`base` and private ones aside).
+    """Names of the files of a package that add something to it (`SUPPORT` and private ones aside).
 
     >>> "diffkd" in submodules("diffkd.methods")
     True
@@ -91,7 +95,7 @@ def submodules(package: str) -> list[str]:
     if spec is None or not spec.submodule_search_locations:
         return []
     folder = Path(next(iter(spec.submodule_search_locations)))
-    return sorted(p.stem for p in folder.glob("*.py") if p.stem != "base" and p.stem[0] != "_")
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in SUPPORT and p.stem[0] != "_")
 
 
 def load_submodule(package: str, name: str, what: str) -> ModuleType:

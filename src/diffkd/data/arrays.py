@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from diffkd.array_files import ArrayOptions, load_arrays
 from diffkd.data.base import Data
-from diffkd.data_options import data_folder, spread
-from diffkd.pictures import ArraySplit, channel_statistics
+from diffkd.pictures.arrays import ArrayOptions, load_arrays
+from diffkd.pictures.memory import ArraySplit, channel_statistics
+from diffkd.pictures.options import data_folder, spread
 
 
 @spread(ArrayOptions)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
+from diffkd.maths.randomness import mix
 from diffkd.names import is_path, load_object, load_submodule, options_of, submodules
-from diffkd.randomness import mix
 
 
 @runtime_checkable

@@ -1,9 +1,9 @@
 """CIFAR-10 (Krizhevsky, 2009): 60,000 pictures of 32x32 pixels in 10 classes, kept whole in memory."""
 
-from diffkd.array_files import ArrayOptions, load_cifar
 from diffkd.data.base import Data
-from diffkd.data_options import spread
-from diffkd.pictures import ArraySplit
+from diffkd.pictures.arrays import ArrayOptions, load_cifar
+from diffkd.pictures.memory import ArraySplit
+from diffkd.pictures.options import spread
 
 _MEAN = (0.4914, 0.4822, 0.4465)
 _STD = (0.2470, 0.2435, 0.2616)

@@ -1,9 +1,9 @@
 """CIFAR-100 (Krizhevsky, 2009): 60,000 pictures of 32x32 pixels in 100 classes, kept whole in memory."""
 
-from diffkd.array_files import ArrayOptions, load_cifar
 from diffkd.data.base import Data
-from diffkd.data_options import spread
-from diffkd.pictures import ArraySplit
+from diffkd.pictures.arrays import ArrayOptions, load_cifar
+from diffkd.pictures.memory import ArraySplit
+from diffkd.pictures.options import spread
 
 _MEAN = (0.5071, 0.4867, 0.4408)
 _STD = (0.2675, 0.2565, 0.2761)

@@ -5,7 +5,7 @@ import torch
 
 from diffkd.data.base import Data
 from diffkd.errors import UserError
-from diffkd.pictures import ArraySplit, channel_statistics
+from diffkd.pictures.memory import ArraySplit, channel_statistics
 
 _TEST_SAMPLES = 360
 _SPLIT_SEED = 0

@@ -7,9 +7,17 @@ from typing import Literal
 import numpy as np
 
 from diffkd.data.base import Data
-from diffkd.data_options import class_count, data_folder, quoted, same_classes, spread
 from diffkd.errors import UserError
-from diffkd.picture_files import ENDINGS, IMAGENET_MEAN, IMAGENET_STD, Files, PictureOptions, Source, held_out
+from diffkd.pictures.files import (
+    ENDINGS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Files,
+    PictureOptions,
+    Source,
+    held_out,
+)
+from diffkd.pictures.options import class_count, data_folder, quoted, same_classes, spread
 
 _TEST_NAMES = ("val", "valid", "validation", "test")
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from diffkd.data.base import Data
-from diffkd.data_options import class_count, spread
 from diffkd.errors import UserError, nearest
-from diffkd.picture_files import IMAGENET_MEAN, IMAGENET_STD, Item, PictureOptions, Source, held_out
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, PictureOptions, Source, held_out
+from diffkd.pictures.options import class_count, spread
 
 _TEST_NAMES = ("validation", "valid", "val", "test")
 

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from diffkd.data.base import Data
-from diffkd.data_options import class_count, data_folder, spread
 from diffkd.errors import UserError, nearest
-from diffkd.picture_files import IMAGENET_MEAN, IMAGENET_STD, Files, PictureOptions, Source, held_out
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Files, PictureOptions, Source, held_out
+from diffkd.pictures.options import class_count, data_folder, spread
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 

@@ -8,9 +8,9 @@ import numpy as np
 from torchvision import datasets
 
 from diffkd.data.base import Data
-from diffkd.data_options import class_count, data_folder, spread
 from diffkd.errors import UserError, nearest
-from diffkd.picture_files import IMAGENET_MEAN, IMAGENET_STD, Item, PictureOptions, Source, held_out
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, PictureOptions, Source, held_out
+from diffkd.pictures.options import class_count, data_folder, spread
 
 # what each data set calls the split to train on and the one to test on; None where it has no splits
 _SPLITS: dict[str, tuple[Any, Any] | None] = {

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.layers import unit
-from diffkd.losses import precise, to_common_size
+from diffkd.maths.layers import unit
+from diffkd.maths.losses import precise, to_common_size
 from diffkd.methods.base import Method, Setup, needed_features
 
 

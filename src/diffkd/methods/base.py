@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.losses import check_classes
+from diffkd.maths.losses import check_classes
 from diffkd.names import load_class
 
 

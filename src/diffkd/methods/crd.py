@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.layers import inner_products, pooled, unit
-from diffkd.losses import check_positive, precise
+from diffkd.maths.layers import inner_products, pooled, unit
+from diffkd.maths.losses import check_positive, precise
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 

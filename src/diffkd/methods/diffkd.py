@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffkd.batch import Batch
-from diffkd.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
 from diffkd.errors import UserError, nearest
-from diffkd.layers import conv, norm
-from diffkd.losses import kl_divergence, precise, resize
+from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
+from diffkd.maths.layers import conv, norm
+from diffkd.maths.losses import kl_divergence, precise, resize
 from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing
 
 DISTANCES = ("mse", "kl")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.losses import check_not_negative, check_positive, precise, to_common_size
+from diffkd.maths.losses import check_not_negative, check_positive, precise, to_common_size
 from diffkd.methods.base import Method, Setup, needed_logits
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.losses import (
+from diffkd.maths.losses import (
     check_not_negative,
     check_positive,
     hard_targets,

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
-from diffkd.layers import conv
-from diffkd.losses import precise, to_common_size
+from diffkd.maths.layers import conv
+from diffkd.maths.losses import precise, to_common_size
 from diffkd.methods.base import Method, Setup, module_key, needed_features
 
 

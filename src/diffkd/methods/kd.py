@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.losses import (
+from diffkd.maths.losses import (
     check_positive,
     kl_divergence,
     precise,

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.layers import conv
-from diffkd.losses import precise, to_common_size
+from diffkd.maths.layers import conv
+from diffkd.maths.losses import precise, to_common_size
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 

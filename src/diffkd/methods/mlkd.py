@@ -7,8 +7,8 @@ from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.layers import inner_products
-from diffkd.losses import check_positive, kl_divergence, precise, standardize
+from diffkd.maths.layers import inner_products
+from diffkd.maths.losses import check_positive, kl_divergence, precise, standardize
 from diffkd.methods.base import Method, Setup, needed_logits
 
 

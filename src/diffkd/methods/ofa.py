@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.layers import conv, norm, pooled
-from diffkd.losses import check_positive, hard_targets, masked_mean, precise
+from diffkd.maths.layers import conv, norm, pooled
+from diffkd.maths.losses import check_positive, hard_targets, masked_mean, precise
 from diffkd.methods.base import Method, Setup, module_key, needed_logits
 
 

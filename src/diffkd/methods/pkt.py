@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.layers import inner_products, pooled, unit
-from diffkd.losses import check_positive, precise
+from diffkd.maths.layers import inner_products, pooled, unit
+from diffkd.maths.losses import check_positive, precise
 from diffkd.methods.base import Method, Setup, needed_features
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.layers import conv, norm
-from diffkd.losses import check_positive, precise, resize, to_common_size
+from diffkd.maths.layers import conv, norm
+from diffkd.maths.losses import check_positive, precise, resize, to_common_size
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 LEVELS = (4, 2, 1)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.layers import inner_products, pooled, unit
-from diffkd.losses import check_not_negative, precise
+from diffkd.maths.layers import inner_products, pooled, unit
+from diffkd.maths.losses import check_not_negative, precise
 from diffkd.methods.base import Method, Setup, needed_features
 
 

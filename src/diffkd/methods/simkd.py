@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
-from diffkd.layers import conv, norm
-from diffkd.losses import check_positive, precise, to_common_size
+from diffkd.maths.layers import conv, norm
+from diffkd.maths.losses import check_positive, precise, to_common_size
 from diffkd.methods.base import Method, Setup, module_key, needed_features
 
 

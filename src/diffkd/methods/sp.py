@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.layers import inner_products, unit
-from diffkd.losses import precise
+from diffkd.maths.layers import inner_products, unit
+from diffkd.maths.losses import precise
 from diffkd.methods.base import Method, Setup, needed_features
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from diffkd.assembly import Parts, assemble, check_outputs
 from diffkd.distiller import Distiller
-from diffkd.measure import SavedBytes
-from diffkd.optim import build_optimizer
-from diffkd.randomness import seed_everything
-from diffkd.recipe import Recipe
+from diffkd.maths.randomness import seed_everything
+from diffkd.models.measure import SavedBytes
+from diffkd.recipe.schema import Recipe
 from diffkd.report.summary import quantity, size
+from diffkd.training.optim import build_optimizer
 
 
 def check_recipe(recipe: Recipe) -> None:

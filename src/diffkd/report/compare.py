@@ -17,18 +17,18 @@ import torch
 from rich.console import Console
 
 from diffkd.assembly import assemble, check_outputs
-from diffkd.console import Reporter
 from diffkd.errors import UserError
-from diffkd.interrupt import InterruptedRunError, StopRequest
-from diffkd.places import check_data, check_folder
-from diffkd.randomness import seed_everything
-from diffkd.recipe import MethodRecipe, Recipe, dump, load
+from diffkd.maths.randomness import seed_everything
+from diffkd.recipe.schema import MethodRecipe, Recipe, dump, load
 from diffkd.report.comparison import FinishedRun, compare_runs, markdown, rich_table, to_csv
 from diffkd.report.page import page
 from diffkd.report.similarity import similarity
 from diffkd.report.summary import finish, percent
-from diffkd.run import RunFolder, saying_where, write_atomically
-from diffkd.trainer import fit
+from diffkd.runs.console import Reporter
+from diffkd.runs.folder import RunFolder, saying_where, write_atomically
+from diffkd.runs.places import check_data, check_folder
+from diffkd.training.interrupt import InterruptedRunError, StopRequest
+from diffkd.training.trainer import fit
 
 _UNFIT = re.compile(r"[^\w+.-]+")  # for a folder's name
 

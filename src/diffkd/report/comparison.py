@@ -14,7 +14,7 @@ from scipy.stats import t as student_t
 
 from diffkd.report.similarity import Similarity
 from diffkd.report.summary import percent, quantity
-from diffkd.run import History
+from diffkd.runs.folder import History
 
 CONFIDENCE = 0.95
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from diffkd.assembly import assemble, evaluate
-from diffkd.randomness import cpu_threads, seed_everything
-from diffkd.recipe import ModelRecipe, Recipe, load
+from diffkd.maths.randomness import cpu_threads, seed_everything
+from diffkd.recipe.schema import ModelRecipe, Recipe, load
 from diffkd.report.summary import percent
-from diffkd.run import RunFolder
+from diffkd.runs.folder import RunFolder
 
 
 def evaluate_run(path: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import diffkd
 from diffkd.errors import UserError, nearest
 from diffkd.names import submodules
-from diffkd.recipe_files import builtin
+from diffkd.recipe.files import builtin
 
 KINDS = ("recipes", "methods", "models", "data")
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from diffkd.assembly import Parts, assemble
 from diffkd.distiller import Distiller
-from diffkd.layers import pooled
-from diffkd.randomness import cpu_threads, seed_everything
-from diffkd.recipe import MethodRecipe, Recipe, load
+from diffkd.maths.layers import pooled
+from diffkd.maths.randomness import cpu_threads, seed_everything
+from diffkd.recipe.schema import MethodRecipe, Recipe, load
 from diffkd.report.evaluation import as_trained
-from diffkd.run import RunFolder, load_checkpoint
+from diffkd.runs.folder import RunFolder, load_checkpoint
 
 MOST_PICTURES = 2048
 # Taps features for runs whose methods tap none, and has no weights of its own.

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd.report.curves import draw_curves
-from diffkd.run import RunFolder
+from diffkd.runs.folder import RunFolder
 
 
 def finish(folder: RunFolder, *, quiet: bool = False) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkd.data_options import class_count, data_folder
 from diffkd.errors import UserError
-from diffkd.pictures import ArraySplit, hold_out
+from diffkd.pictures.memory import ArraySplit, hold_out
+from diffkd.pictures.options import class_count, data_folder
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 Labels = Literal["needed", "if there", "ignored"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffkd.run import History
+from diffkd.runs.folder import History
 
 AllReduce = Callable[[Tensor, str], Tensor]
 

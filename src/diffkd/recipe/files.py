@@ -9,7 +9,7 @@ import yaml
 
 from diffkd.errors import UserError, kind_of, nearest
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def read_layers(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Path]:

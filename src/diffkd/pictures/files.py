@@ -19,7 +19,7 @@ from torchvision.transforms import RandomErasing
 from torchvision.transforms import v2 as transforms
 
 from diffkd.errors import UserError, nearest
-from diffkd.pictures import hold_out
+from diffkd.pictures.memory import hold_out
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -6,8 +6,8 @@ from pathlib import Path
 import platformdirs
 
 from diffkd.errors import UserError
-from diffkd.recipe import Recipe, difference, load
-from diffkd.run import RunFolder, free_space
+from diffkd.recipe.schema import Recipe, difference, load
+from diffkd.runs.folder import RunFolder, free_space
 
 CACHE_ROOM = 200 * 2**20  # bytes that must be free before a teacher is trained into the cache
 

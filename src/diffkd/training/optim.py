@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from diffkd.recipe import OptimizerRecipe, ScheduleRecipe
+from diffkd.recipe.schema import OptimizerRecipe, ScheduleRecipe
 
 
 def build_optimizer(recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -37,7 +37,7 @@ def lr_factor(schedule: ScheduleRecipe, epoch: float, epochs: int) -> float:
         epoch: the place in the run, in epochs, with a fraction within an epoch.
         epochs: length of the whole run.
 
-    >>> from diffkd.recipe import StepSchedule
+    >>> from diffkd.recipe.schema import StepSchedule
     >>> step = StepSchedule(milestones=[2, 3], factor=0.1, warmup_epochs=1)
     >>> [round(lr_factor(step, e, 4), 3) for e in (0.5, 1.9, 2.0, 3.5)]
     [0.5, 1.0, 0.1, 0.01]

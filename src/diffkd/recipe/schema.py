@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from diffkd.errors import UserError, nearest
 from diffkd.names import is_path, source_of
-from diffkd.recipe_errors import first_error
-from diffkd.recipe_files import read_layers
+from diffkd.recipe.errors import first_error
+from diffkd.recipe.files import read_layers
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -295,7 +295,7 @@ def dump(recipe: Recipe) -> str:
 
 def cache_key(recipe: Recipe) -> str:
     """A short name of everything that determines the weights that a recipe trains."""
-    from diffkd.weights import is_local, weights_file
+    from diffkd.models.weights import is_local, weights_file
 
     content = _determining(recipe)
     if recipe.student.weights is not None and is_local(recipe.student.weights):

@@ -20,17 +20,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffkd.assembly import Parts, Side, assemble, check_outputs, describe_student, evaluate
 from diffkd.batch import Batch
-from diffkd.console import Reporter
 from diffkd.errors import UserError
-from diffkd.interrupt import InterruptedRunError, StopRequest
-from diffkd.measure import machine, peak_memory, reset_peak_memory
-from diffkd.meter import Meter, Place
-from diffkd.optim import build_optimizer, lr_factor, set_lr
-from diffkd.places import cache_folder, check_cache, check_data, check_folder
-from diffkd.randomness import cpu_threads, random_state, seed_everything, set_random_state
-from diffkd.recipe import Recipe, cache_key, dump
-from diffkd.run import History, RunFolder, load_checkpoint, resume_hint, saying_where
-from diffkd.weights import load_weights
+from diffkd.maths.randomness import cpu_threads, random_state, seed_everything, set_random_state
+from diffkd.models.measure import machine, peak_memory, reset_peak_memory
+from diffkd.models.weights import load_weights
+from diffkd.recipe.schema import Recipe, cache_key, dump
+from diffkd.runs.console import Reporter
+from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint, saying_where
+from diffkd.runs.places import cache_folder, check_cache, check_data, check_folder
+from diffkd.training.interrupt import InterruptedRunError, StopRequest
+from diffkd.training.meter import Meter, Place
+from diffkd.training.optim import build_optimizer, lr_factor, set_lr
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 

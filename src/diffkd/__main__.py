@@ -1,0 +1,5 @@
+"""`python -m diffkd`: the command line."""
+
+from diffkd.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Features read out of any model, and where to read them."""

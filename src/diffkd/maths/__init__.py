@@ -1,0 +1,1 @@
+"""Diffusion, layers, losses, random numbers: pure functions and small modules."""

@@ -1,0 +1,1 @@
+"""Recipes: the typed description of one run."""

@@ -1,0 +1,1 @@
+"""Run folders: where runs are kept, what identifies them, what they say."""
