@@ -17,7 +17,7 @@ import torch
 from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
-from diffkd.training.trainer import fit
+from diffkd.training.fit import fit
 
 METHODS = {"none": "student alone", "diffkd": "with DiffKD"}
 

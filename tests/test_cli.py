@@ -152,8 +152,8 @@ def test_evaluate_of_what_is_no_run(diffkd, tmp_path):
 
 
 def test_no_space_for_the_cache(tmp_path, monkeypatch):
-    from diffkd import places
     from diffkd.errors import UserError
+    from diffkd.runs import places
 
     monkeypatch.setattr(places, "free_space", lambda place: 1000)
     with pytest.raises(UserError, match="no space left in the cache folder"):

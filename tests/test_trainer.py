@@ -15,7 +15,7 @@ from diffkd.errors import UserError
 from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
-from diffkd.training.trainer import fit
+from diffkd.training.fit import fit
 
 
 def run(tiny, output, *overrides):

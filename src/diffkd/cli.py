@@ -107,7 +107,7 @@ def list_(
 def _run(recipe: "Recipe") -> None:
     # Imported now, not at the top: a mistake in the recipe has already shown, without a wait.
     from diffkd.report.summary import finish
-    from diffkd.training.trainer import fit
+    from diffkd.training.fit import fit
 
     finish(fit(recipe))
 

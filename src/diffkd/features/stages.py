@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.features.taps import dry_run, positions, prefix_tokens
+from diffkd.features.layouts import positions, prefix_tokens
+from diffkd.features.taps import dry_run
 
 SAME_STAGE = 0.6  # convolutions without padding shrink a map a little: no new stage
 

@@ -27,8 +27,8 @@ from diffkd.report.summary import finish, percent
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder, saying_where, write_atomically
 from diffkd.runs.places import check_data, check_folder
+from diffkd.training.fit import fit
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
-from diffkd.training.trainer import fit
 
 _UNFIT = re.compile(r"[^\w+.-]+")  # for a folder's name
 

@@ -1,38 +1,31 @@
-"""The loop: step, validate, save, resume. The only file that imports Fabric."""
+"""The loop: step, validate, save, resume."""
 
-import logging
-import re
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from filelock import FileLock
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diffkd.assembly import Parts, Side, assemble, check_outputs, describe_student, evaluate
+from diffkd.assembly import Side, assemble, check_outputs, describe_student, evaluate
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.maths.randomness import cpu_threads, random_state, seed_everything, set_random_state
+from diffkd.maths.randomness import random_state, seed_everything, set_random_state
 from diffkd.models.measure import machine, peak_memory, reset_peak_memory
-from diffkd.models.weights import load_weights
-from diffkd.recipe.schema import Recipe, cache_key, dump
+from diffkd.recipe.schema import Recipe, dump
 from diffkd.runs.console import Reporter
-from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint, saying_where
-from diffkd.runs.places import cache_folder, check_cache, check_data, check_folder
+from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
+from diffkd.runs.places import check_data, check_folder
+from diffkd.training.devices import on_first
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.meter import Meter, Place
 from diffkd.training.optim import build_optimizer, lr_factor, set_lr
-
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class Trainer:
@@ -50,10 +43,10 @@ class Trainer:
     def __init__(self, recipe: Recipe, fabric: Fabric, reporter: Reporter) -> None:
         self.recipe, self.fabric, self.reporter = recipe, fabric, reporter
         self.folder = RunFolder(recipe.run_folder())
-        _on_first(fabric, lambda: check_folder(self.folder, recipe))
+        on_first(fabric, lambda: check_folder(self.folder, recipe))
         seed_everything(recipe.seed)
         self.parts = parts = assemble(recipe, with_teacher=bool(recipe.method))
-        _on_first(fabric, lambda: check_data(self.folder, parts.fingerprint))
+        on_first(fabric, lambda: check_data(self.folder, parts.fingerprint))
         sample = parts.sample(2)
         self.agreement = sample.targets is None
         check_outputs(parts, sample)
@@ -379,111 +372,6 @@ class Trainer:
 
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def fit(recipe: Recipe, reporter: Reporter | None = None) -> RunFolder:
-    """Runs a recipe: makes its teacher if the recipe says how, then trains the student.
-
-    Raises:
-        UserError: the recipe cannot be run, and nothing is written; or the run had to stop.
-        InterruptedRunError: the run was asked to stop, and has saved its place.
-    """
-    reporter = reporter or Reporter(progress=recipe.trainer.progress)
-    fabric = make_fabric(recipe)
-    fabric.launch()
-    reporter.active = reporter.active and fabric.is_global_zero
-    with cpu_threads(recipe.trainer.threads):
-        return _fit(recipe, fabric, reporter)
-
-
-def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
-    # The whole run is built before its teacher is trained: a mistake shows at once.
-    trainer = Trainer(recipe, fabric, reporter)
-    if trainer.parts.teacher is not None and recipe.teacher is not None and recipe.teacher.train is not None:
-        made = make_teacher(recipe, trainer.parts, fabric, reporter)
-        loaded = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
-        trainer.parts.teacher.notes.append(loaded.note)
-        trainer.parts.teacher.weights = str(made.student_file.absolute())
-    return trainer.run()
-
-
-def make_teacher(recipe: Recipe, parts: Parts, fabric: Fabric, reporter: Reporter) -> RunFolder:
-    """The run that trained the recipe's teacher: found in the cache, or run now and kept there.
-
-    Args:
-        recipe: the student's run.
-        parts: the run's, whose data and teacher's weights, as they were found, determine the teacher too.
-        fabric: launched.
-        reporter: says what happens.
-
-    Raises:
-        UserError: the cache folder cannot be used.
-    """
-    wanted = recipe.teacher_recipe()
-    start = {"weights": parts.teacher.weights if parts.teacher else None}
-    wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update=start)})
-    name = re.sub(r"[^\w.-]+", "-", wanted.student.model)
-    place = cache_folder() / "teachers" / f"{name}-{cache_key(wanted)}-{parts.fingerprint}"
-    wanted = wanted.model_copy(update={"output": str(place), "resume": True})
-    folder = RunFolder(place)
-    if fabric.broadcast(folder.finished):
-        reporter.note(f"teacher: {wanted.student.model} from {place}")
-        return folder
-    _on_first(fabric, lambda: check_cache(place))
-    with saying_where(recipe.run_folder()):  # a place that cannot be written to shows before, too
-        recipe.run_folder().mkdir(parents=True, exist_ok=True)
-    reporter.note(f"teacher: training {wanted.student.model} once, kept in {place}")
-    with FileLock(f"{place}.lock") if fabric.is_global_zero else nullcontext():
-        if fabric.broadcast(folder.finished):  # by another run, while this one waited
-            return folder
-        try:
-            return _fit(wanted, fabric, reporter.silent("teacher"))
-        except InterruptedRunError as error:
-            line = "stopped while the teacher was trained; saved; the same command goes on"
-            raise InterruptedRunError(line, error.signal) from error
-
-
-def _on_first(fabric: Fabric, check: Callable[[], None]) -> None:
-    """Runs a check in the first process; its error is every process's."""
-    said = None
-    if fabric.is_global_zero:
-        try:
-            check()
-        except UserError as error:
-            said = str(error)
-    said = fabric.broadcast(said)
-    if said is not None:
-        raise UserError(said)
-
-
-def make_fabric(recipe: Recipe) -> Fabric:
-    """Devices, precision and strategy as the recipe says.
-
-    Raises:
-        UserError: a device is not there.
-    """
-    # Fabric tells of every precision and process that it was asked for.
-    for name in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    wanted = recipe.trainer
-    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    count = available.get(wanted.accelerator)
-    if count == 0:
-        raise UserError(f"trainer.accelerator={wanted.accelerator}: no such device here; use auto or cpu")
-    if count is not None and isinstance(wanted.devices, int) and wanted.devices > count:
-        raise UserError(
-            f"trainer.devices={wanted.devices}: there are {count} {wanted.accelerator} device(s) here"
-        )
-    try:
-        return Fabric(
-            accelerator=wanted.accelerator,
-            devices=wanted.devices,
-            num_nodes=wanted.num_nodes,
-            strategy=wanted.strategy,
-            precision=PRECISIONS[wanted.precision],  # type: ignore[arg-type]
-        )
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
