@@ -20,7 +20,7 @@ from diffkd.models.measure import Cost, cost
 from diffkd.models.weights import description, is_local, load_state, read_weights
 from diffkd.pictures.memory import mix_batch
 from diffkd.recipe.schema import ModelRecipe, Recipe, check_options
-from diffkd.tasks.base import Task, task_class
+from diffkd.tasks.base import Figures, Task, task_class
 
 AVAILABLE = "available"  # published weights where they can be fetched
 
@@ -49,8 +49,8 @@ class Side:
         return self
 
     def forward(self, task: Task, batch: Batch) -> Any:
-        """The model's output for a batch."""
-        return task.run(self.model, batch._replace(images=self.prepare(batch.images)))
+        """The model's answers for a loader's batch."""
+        return task.predict(self.model, task.prepare(batch, self.prepare))
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Parts:
                 self.recipe.taps,
                 methods,
                 sample,
-                run=self.task.run,
+                task=self.task,
                 logits=self.task.logits,
                 student_input=self.student.prepare,
                 teacher_input=self.teacher.prepare if self.teacher else None,
@@ -142,27 +142,27 @@ class Parts:
 
     def step(self, distiller: Distiller) -> "Step":
         """One training step as a module."""
-        return Step(distiller, self.task, self.recipe.task.weight)
+        return Step(distiller, self.recipe.task.weight)
 
     def cost(self, side: Side) -> Cost:
         """What one model costs, measured on one test image."""
         device = next(side.model.parameters()).device
-        images = side.prepare(self.sample(1, device).images)
-        return cost(side.model, lambda: self.task.run(side.model, Batch(images)))
+        prepared = self.task.prepare(self.sample(1, device), side.prepare)
+        return cost(side.model, lambda: self.task.predict(side.model, prepared))
 
 
 class Step(nn.Module):
     """One training step as one forward pass: distillation and supervised losses of a batch."""
 
-    def __init__(self, distiller: Distiller, task: Task, task_weight: float) -> None:
+    def __init__(self, distiller: Distiller, task_weight: float) -> None:
         super().__init__()
-        self.distiller, self.task, self.task_weight = distiller, task, task_weight
+        self.distiller, self.task_weight = distiller, task_weight
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named losses, weighted."""
         losses = self.distiller(batch)
-        supervised = self.task.loss(losses.output, batch)
-        return {f"task.{key}": value * self.task_weight for key, value in supervised.items()} | dict(losses)
+        supervised = {f"task.{key}": value * self.task_weight for key, value in losses.supervised.items()}
+        return supervised | dict(losses)
 
 
 def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
@@ -275,7 +275,7 @@ def _find_weights(wanted: ModelRecipe) -> _Weights:
 
 
 @torch.no_grad()
-def evaluate(side: Side, task: Task, loader: Loader, reference: Side | None = None) -> dict[str, float]:
+def evaluate(side: Side, task: Task, loader: Loader, reference: Side | None = None) -> Figures:
     """The task's figures, 0 to 1, of a model over a whole split, in the precision of its weights.
 
     Args:
@@ -299,7 +299,7 @@ def evaluate(side: Side, task: Task, loader: Loader, reference: Side | None = No
         task.update(metrics, side.forward(task, batch), batch)
     for model, training in modes:
         model.train(training)
-    return {name: float(value) for name, value in metrics.compute().items()}
+    return Figures.of(metrics.compute())
 
 
 def describe_student(parts: Parts, figures: Mapping[str, Any]) -> dict[str, Any]:

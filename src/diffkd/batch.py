@@ -16,6 +16,8 @@ class Batch(NamedTuple):
             tensors (boxes, labels, masks); None when the images carry no labels.
         indices: `(B,)` int64 positions of the samples in their data set, for methods with a
             memory; None where unknown.
+        valid: `(B, H, W)` bool, False where there is nothing to learn from (padding, void pixels), of
+            any size: it covers the whole picture; None where all is valid.
 
     >>> import torch
     >>> Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])).images.shape[0]
@@ -25,6 +27,7 @@ class Batch(NamedTuple):
     images: Tensor | list[Tensor]
     targets: Any = None
     indices: Tensor | None = None
+    valid: Tensor | None = None
 
 
 def as_batch(value: Any) -> Batch:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ class Losses(dict[str, Tensor]):
 
     Attributes:
         output: the student's output for the batch, to compute the supervised loss from.
+        supervised: the losses that the student's own task gave, not among the named ones.
     """
 
-    def __init__(self, output: Any = None) -> None:
+    def __init__(self, output: Any = None, supervised: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        self.output = output
+        self.output, self.supervised = output, dict(supervised or {})
 
     @property
     def total(self) -> Tensor:
@@ -40,6 +41,49 @@ class Losses(dict[str, Tensor]):
 def call_model(model: nn.Module, batch: Batch) -> Any:
     """The usual forward pass: the model called with the batch's images."""
     return model(batch.images)
+
+
+class Roles(Protocol):
+    """How models are run: what `diffkd.Task` says, and what a loop of one's own may say by `run` alone."""
+
+    def prepare(self, batch: Batch, preprocess: Callable[[Any], Any]) -> Batch:
+        """The batch as one model sees it."""
+        ...
+
+    def train(self, student: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+        """The student's output, and its supervised losses."""
+        ...
+
+    def teach(self, teacher: nn.Module, batch: Batch) -> Any:
+        """Runs a model as far as its taps go."""
+        ...
+
+    def validity(self, batch: Batch) -> Tensor | None:
+        """Where a batch has something to learn from."""
+        ...
+
+    def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
+        """Default taps; None has them found."""
+        ...
+
+
+class _Plain:
+    """Models called the same way in every role, without losses of their own."""
+
+    def __init__(self, run: Run) -> None:
+        self.teach = run
+
+    def prepare(self, batch: Batch, preprocess: Callable[[Any], Any]) -> Batch:
+        return batch._replace(images=preprocess(batch.images))
+
+    def train(self, student: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+        return self.teach(student, batch), {}
+
+    def validity(self, batch: Batch) -> Tensor | None:
+        return batch.valid
+
+    def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
+        return None
 
 
 class Distiller(nn.Module):
@@ -57,6 +101,7 @@ class Distiller(nn.Module):
             or with a function of the `Setup` that builds the method; a name alone has weight 1.
         sample: a batch (images alone will do) for the dry run that probes channels and layouts.
         run: how a model is called with a batch.
+        task: how models are run in each role, in place of `run`: a `diffkd.Task`, say.
         logits: taps of the model's output that hold class scores.
         student_input, teacher_input: modules that turn the batch's images into what each model
             wants (size, normalisation); None passes them on.
@@ -85,6 +130,7 @@ class Distiller(nn.Module):
         sample: Any = None,
         *,
         run: Run = call_model,
+        task: Roles | None = None,
         logits: Sequence[str] = ("",),
         student_input: nn.Module | None = None,
         teacher_input: nn.Module | None = None,
@@ -101,7 +147,7 @@ class Distiller(nn.Module):
         self.student_input = student_input or nn.Identity()
         # A tuple hides the teacher from parameters(), state_dict(), train() and DDP.
         self._frozen = _freeze(teacher, teacher_input or nn.Identity()) if teacher is not None else ()
-        self._run = run
+        self._roles = task or _Plain(run)
         if sample is None:
             raise UserError("give sample=, a batch of images for the dry run that finds channels and layouts")
         builders = _builders({methods: 1.0} if isinstance(methods, str) else methods)
@@ -136,9 +182,9 @@ class Distiller(nn.Module):
         Args:
             batch: a Batch, images alone `(B, C, H, W)`, or a loader's `(images, targets)`.
         """
-        batch = as_batch(batch)
-        output, student, teacher = self._run_both(batch)
-        losses = Losses(output)
+        batch = self._masked(batch)
+        (output, supervised), student, teacher = self._run_both(batch)
+        losses = Losses(output, supervised)
         for name, method in self.methods.items():
             named: dict[str, Tensor] = method(student, teacher, batch)
             for key, value in named.items():
@@ -147,25 +193,28 @@ class Distiller(nn.Module):
 
     def features(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The student's features `(B, C, *S)` and the teacher's by pair name, as methods get them."""
-        return self._run_both(as_batch(batch))[1:]
+        return self._run_both(self._masked(batch))[1:]
 
-    def _run_both(self, batch: Batch) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-        """The student's output, and both sides' features."""
+    def _masked(self, batch: Any) -> Batch:
+        """The batch with its validity, brought to the picture's size by whoever knows it."""
+        found: Batch = as_batch(batch)
+        return Batch(found.images, found.targets, found.indices, self._roles.validity(found))
+
+    def _run_both(
+        self, batch: Batch
+    ) -> tuple[tuple[Any, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+        """The student's output and supervised losses, and both sides' features."""
         teacher: dict[str, Tensor] = {}
         if self.pairs:
             with torch.no_grad():
                 self._run_teacher(batch)
             teacher = self._read(self._teacher_taps, "teacher")
-        output = self.run_student(batch)
-        return output, self._read(self._student_taps, "student") if self.pairs else {}, teacher
-
-    def run_student(self, batch: Batch) -> Any:
-        """The student's output for a batch, its images prepared."""
-        return self._run(self.student, batch._replace(images=self.student_input(batch.images)))
+        found = self._roles.train(self.student, self._roles.prepare(batch, self.student_input))
+        return found, self._read(self._student_taps, "student") if self.pairs else {}, teacher
 
     def _run_teacher(self, batch: Batch) -> Any:
-        teacher, prepare = self._frozen
-        return self._run(teacher, batch._replace(images=prepare(batch.images)))
+        teacher, preprocess = self._frozen
+        return self._roles.teach(teacher, self._roles.prepare(batch, preprocess))
 
     def _read(self, taps: Taps, side: str) -> dict[str, Tensor]:
         """Features by pair name."""
@@ -199,23 +248,23 @@ class Distiller(nn.Module):
     def _probe(
         self, taps: Taps, model: nn.Module, prepare: nn.Module, sample: Batch, side: str
     ) -> dict[str, tuple[int, ...]]:
-        size = _image_size(prepare(sample.images))
+        prepared = self._roles.prepare(sample, prepare)
         with dry_run(model), torch.set_grad_enabled(side == "student"):
-            return taps.probe(lambda: self._run(model, sample._replace(images=prepare(sample.images))), size)
+            return taps.probe(lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
 
     def _default_taps(self, builders: list[Any], sample: Batch, logits: Sequence[str]) -> dict[str, str]:
         """What the methods want, of what the two models have."""
         assert self.teacher is not None
+        told = self._roles.taps(self.student, self.teacher)
+        if told is not None:
+            self._stages = dict.fromkeys(told, "told")
+            return told
         wants = {getattr(build, "stages", "last") for build in builders}
         taps: dict[str, str] = {}
         if wants & {"last", "all"}:
             student, teacher = (
-                find_stages(
-                    model,
-                    lambda m=model, p=prepare: self._run(m, sample._replace(images=p(sample.images))),  # type: ignore[misc]
-                    _image_size(prepare(sample.images)),
-                )
-                for model, prepare in ((self.student, self.student_input), self._frozen)
+                self._find_stages(model, self._roles.prepare(sample, preprocess))
+                for model, preprocess in ((self.student, self.student_input), self._frozen)
             )
             depth = min(len(student), len(teacher), 1 if "all" not in wants else len(student))
             # Stages are matched from the last one back: models differ in their first ones.
@@ -226,6 +275,9 @@ class Distiller(nn.Module):
         if any(getattr(build, "uses_logits", True) for build in builders):
             taps |= {tap: tap for tap in logits}
         return taps
+
+    def _find_stages(self, model: nn.Module, prepared: Batch) -> list[str]:
+        return find_stages(model, lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         for module in self._frozen:
@@ -336,5 +388,13 @@ def _wanted(pairs: tuple[Pair, ...], build: Any | None, stages: Mapping[str, str
     return tuple(
         pair
         for pair in pairs
-        if (uses_logits if pair.is_logits else wants == "all" or stages.get(pair.student.layer) == wants)
+        if (uses_logits if pair.is_logits else _serves(wants, stages, pair.student.layer))
     )
+
+
+def _serves(wants: str, stages: Mapping[str, str], layer: str) -> bool:
+    """Whether a method that wants some stages gets a layer; those that a task names serve every method."""
+    if wants == "none":
+        return False
+    told = "told" in stages.values()
+    return told or wants == "all" or stages.get(layer) == wants

@@ -29,7 +29,7 @@ def evaluate_run(path: str) -> Iterator[str]:
         figures = evaluate(
             parts.student.to(device), parts.task, loader, parts.teacher and parts.teacher.to(device)
         )
-    for name, value in figures.items():
+    for name, value in figures.scalars.items():
         recorded = summary["last"].get(name)
         agrees = "as recorded" if value == recorded else f"recorded: {recorded!r}"
         yield f"{name} {value!r} ({percent(value)}, {agrees})"

@@ -1,6 +1,8 @@
-"""What a task is: how a batch becomes a supervised loss and a figure of merit."""
+"""What a task is: how models see a batch, what they learn from it, how good they are."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,8 +14,38 @@ from diffkd.errors import UserError
 from diffkd.names import load_class
 
 
+@dataclass(frozen=True)
+class Figures:
+    """How good a model is on a data set.
+
+    Attributes:
+        scalars: single figures by name, such as top-1 or mIoU.
+        arrays: figures of several numbers by name (per class, by size, a confusion matrix), as nested
+            lists.
+    """
+
+    scalars: Mapping[str, float]
+    arrays: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, computed: Mapping[str, Any]) -> "Figures":
+        """Splits what a metric computed: single numbers, and tensors of several.
+
+        >>> import torch
+        >>> Figures.of({"miou": torch.tensor(0.5), "iou": torch.tensor([0.25, 0.75])})
+        Figures(scalars={'miou': 0.5}, arrays={'iou': [0.25, 0.75]})
+        """
+        single = {k: v for k, v in computed.items() if not (isinstance(v, Tensor) and v.dim())}
+        several = {k: v.tolist() for k, v in computed.items() if k not in single}
+        return cls({k: float(v) for k, v in single.items()}, several)
+
+
 class Task(ABC):
     """Base of every task. One file, one task; a recipe names it or says `my_tasks:MyTask`.
+
+    A simple task, whose models give one output in training and evaluation alike, says `loss`, `metrics`
+    and `update`. Others play the roles apart: `prepare` makes a batch what a model sees, `train`, `teach`
+    and `predict` run it.
 
     Attributes:
         metric: the figure of merit, one of those that `metrics` computes; it picks the best epoch.
@@ -32,21 +64,59 @@ class Task(ABC):
     def __init__(self, data: Data) -> None:
         self.data = data
 
+    def prepare(self, batch: Batch, preprocess: Callable[[Any], Any]) -> Batch:
+        """The batch as one model sees it: picture and target, size and normalisation together.
+
+        Args:
+            batch: from the loader.
+            preprocess: the model's own way with pictures `(B, C, H, W)` or a list of them.
+        """
+        return batch._replace(images=preprocess(batch.images))
+
+    def validity(self, batch: Batch) -> Tensor | None:
+        """Where a loader's batch has something to learn from, `(B, H, W)` bool; None for everywhere."""
+        return batch.valid
+
+    def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
+        """Layers of the student and the teacher's that they learn from; None has them found."""
+        return None
+
     def run(self, model: nn.Module, batch: Batch) -> Any:
-        """The model's output for a batch. Detectors, which want targets in training, override it."""
+        """The model's output for a prepared batch, where training and evaluation do not differ."""
         return model(batch.images)
 
-    @abstractmethod
+    def train(self, student: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+        """The student's output in training mode, and its supervised losses.
+
+        Args:
+            student: in training mode.
+            batch: prepared for it.
+        """
+        output = self.run(student, batch)
+        return output, self.loss(output, batch)
+
+    def teach(self, teacher: nn.Module, batch: Batch) -> Any:
+        """Runs the teacher as far as its taps go: nothing that turns features into answers is needed."""
+        return self.run(teacher, batch)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """A model's answers in evaluation mode, as `update` counts them."""
+        return self.run(model, batch)
+
     def loss(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """Named supervised losses, each a scalar; empty where the batch carries no targets."""
+        """Named supervised losses of an output, each a scalar; empty where the batch carries no targets."""
+        raise NotImplementedError(f"{type(self).__name__} says neither `loss` nor `train`")
 
     @abstractmethod
     def metrics(self) -> MetricCollection:
-        """Fresh metrics over a whole data set. Their `compute` gives figures of 0 to 1."""
+        """Fresh metrics over a whole data set. Their `compute` gives figures of 0 to 1, by name.
+
+        A tensor of several numbers (per class, say) is kept as an array of the run's figures.
+        """
 
     @abstractmethod
     def update(self, metrics: MetricCollection, output: Any, batch: Batch) -> None:
-        """Counts one batch in."""
+        """Counts one loader's batch and what `predict` gave for it in."""
 
     def answers(self, output: Any) -> Any:
         """What a model's output says the targets are, to measure agreement where there are no labels.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class Place:
         epoch, batch: the next batch to run; step: optimizer steps done.
         history: one row per finished epoch.
         sums: sums over the epoch under way, so that an epoch entered again reports all of itself.
+        scalars: names of the last evaluation's single figures; arrays: its figures of several numbers.
     """
 
     epoch: int = 0
@@ -27,6 +29,8 @@ class Place:
     seconds: float = 0.0
     history: History = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
+    scalars: list[str] = field(default_factory=list)
+    arrays: dict[str, Any] = field(default_factory=dict)
 
 
 class Meter:

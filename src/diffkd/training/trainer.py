@@ -22,6 +22,7 @@ from diffkd.recipe.schema import Recipe, dump
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
 from diffkd.runs.places import check_data, check_folder
+from diffkd.tasks.base import Figures
 from diffkd.training.devices import on_first
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.meter import Meter, Place
@@ -144,7 +145,7 @@ class Trainer:
         parts = self.parts
         if parts.teacher is None:
             return None
-        figures = evaluate(parts.teacher, parts.task, self.test_loader, parts.teacher)
+        figures = dict(evaluate(parts.teacher, parts.task, self.test_loader, parts.teacher).scalars)
         score, chance = figures[parts.task.metric], parts.task.chance
         if chance is not None and score < 2 * chance:
             self.reporter.warn(
@@ -223,12 +224,13 @@ class Trainer:
     def _end_epoch(self, place: Place) -> None:
         """Validates, writes the epoch's row, saves."""
         figures = self._validate()
+        place.scalars, place.arrays = list(figures.scalars), dict(figures.arrays)
         row = {
             "epoch": place.epoch + 1,
             "step": place.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             **self.means,
-            **figures,
+            **figures.scalars,
             "seconds": round(place.seconds, 3),
             "images_per_second": round(self._images(place) / max(place.seconds, 1e-9), 1),
             "memory_mb": round(peak_memory(self.fabric.device) / 2**20, 1),
@@ -245,7 +247,7 @@ class Trainer:
     def _images(self, place: Place) -> int:
         return place.batch * self.train_loader.batch_size * self.fabric.world_size
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> Figures:
         if self.fabric.world_size > 1:
             for buffer in self.shipped.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -337,7 +339,7 @@ class Trainer:
         task, parts = self.parts.task, self.parts
         last, best = place.history[-1], self._best(place.history)
         assert best is not None
-        figures = {str(name): last[str(name)] for name in task.metrics()}
+        figures = {name: last[name] for name in place.scalars}
         self.folder.write_student(self.shipped.model.state_dict(), describe_student(parts, figures))
         summary = {
             "recipe": self.recipe.name,
@@ -348,6 +350,8 @@ class Trainer:
             "agreement": self.agreement,
             "metric_label": task.metric_label + (" agreement with the teacher" if self.agreement else ""),
             "last": figures,
+            "arrays": place.arrays,
+            "class_names": list(parts.data.class_names),
             "best": {name: best[name] for name in figures} | {"epoch": int(best["epoch"])},
             "student": {"model": parts.student.name, **parts.cost(self.shipped).as_dict()},
             "teacher": None,
