@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffkd.errors import UserError
     from diffkd.methods.base import Method, Setup
     from diffkd.methods.diffkd import DiffKD
-    from diffkd.tasks.base import Task
+    from diffkd.tasks.base import Figures, Task
 
 # Loaded on first use, so that the command line answers before PyTorch is imported.
 _HOMES = {
@@ -20,13 +20,25 @@ _HOMES = {
     "Data": "data.base",
     "DiffKD": "methods.diffkd",
     "Distiller": "distiller",
+    "Figures": "tasks.base",
     "Method": "methods.base",
     "Setup": "methods.base",
     "Task": "tasks.base",
     "UserError": "errors",
 }
 
-__all__ = ["Batch", "Data", "DiffKD", "Distiller", "Method", "Setup", "Task", "UserError", "__version__"]
+__all__ = [
+    "Batch",
+    "Data",
+    "DiffKD",
+    "Distiller",
+    "Figures",
+    "Method",
+    "Setup",
+    "Task",
+    "UserError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
