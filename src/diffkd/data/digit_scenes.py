@@ -16,7 +16,7 @@ Kind = Literal["classification", "segmentation", "detection"]
 _DIGITS = tuple("0123456789")
 # Several digits want room; one is easy to find, so there is more about it.
 _USUAL: dict[str, dict[str, Any]] = {
-    "classification": {"size": 28, "scale": (0.45, 0.75), "clutter": 4},
+    "classification": {"size": 28},
     "segmentation": {"size": 64, "digits": (1, 4), "scale": (0.3, 0.5), "clutter": 3},
     "detection": {"size": 96, "digits": (1, 5), "scale": (0.2, 0.4), "clutter": 3},
 }
@@ -31,7 +31,7 @@ def build(
     train_scenes: int | None = None,
     test_scenes: int | None = None,
     clutter: int | None = None,
-    noise: float = 0.06,
+    noise: float = 0.05,
 ) -> Data:
     """Scenes made at the start, always the same; training and test scenes are of different people's digits.
 

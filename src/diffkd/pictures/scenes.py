@@ -28,6 +28,7 @@ class SceneOptions:
         clutter: pieces of digits that lie about and mean nothing.
         rotation: largest angle in degrees, either way.
         noise: standard deviation of the pixels' noise, on the scale 0 to 1.
+        ground: darkest and brightest mean of a ground, on the scale 0 to 1.
         contrast: least difference in brightness of a digit and its ground, on the scale 0 to 1.
 
     Raises:
@@ -36,11 +37,12 @@ class SceneOptions:
 
     size: int = 32
     digits: tuple[int, int] = (1, 1)
-    scale: tuple[float, float] = (0.4, 0.7)
-    clutter: int = 4
-    rotation: float = 25.0
-    noise: float = 0.06
-    contrast: float = 0.25
+    scale: tuple[float, float] = (0.6, 0.85)
+    clutter: int = 2
+    rotation: float = 15.0
+    noise: float = 0.05
+    ground: tuple[float, float] = (0.1, 0.5)
+    contrast: float = 0.5
 
     def __post_init__(self) -> None:
         low, high = self.digits
@@ -98,7 +100,7 @@ def _compose(
     digits: Tensor, labels: Tensor, count: int, random: torch.Generator, options: SceneOptions
 ) -> Scenes:
     size, most = options.size, options.digits[1]
-    images, brightness = _grounds(count, size, random)
+    images, brightness = _grounds(count, options, random)
     masks = torch.zeros(count, size, size, dtype=torch.uint8)
     for _ in range(options.clutter):
         ink = _ink(digits[_draw(len(digits), count, random)], random, options, piece=True)
@@ -127,9 +129,9 @@ def _uniform(low: float, high: float, shape: tuple[int, ...], random: torch.Gene
     return low + (high - low) * torch.rand(shape, generator=random)
 
 
-def _grounds(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def _grounds(count: int, options: SceneOptions, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Textured grounds `(N, 3, H, W)` and their mean brightness `(N, 1, 1, 1)`, 0 to 1."""
-    brightness = _uniform(0.15, 0.85, (count, 1, 1, 1), random)
+    size, brightness = options.size, _uniform(*options.ground, (count, 1, 1, 1), random)
     ground = brightness + _uniform(-0.1, 0.1, (count, 3, 1, 1), random)
     for cells, strength in ((3, 0.15), (size // 3, 0.08)):
         rough = _uniform(-strength, strength, (count, 3, cells, cells), random)
