@@ -15,8 +15,17 @@ T = TypeVar("T")
 
 
 def is_path(name: str) -> bool:
-    """Whether `name` points outside the library: `package.module:Name` or `folder/file.py:Name`."""
-    return ":" in name
+    """Whether `name` points outside the library: `package.module:Name` or `folder/file.py:Name`.
+
+    What follows one of the library's own sources of models does not, colon or not.
+
+    >>> is_path("my_nets:Net"), is_path("torchvision/retinanet:timm/resnet18")
+    (True, False)
+    """
+    where, colon, _ = name.partition(":")
+    source, slash, rest = where.partition("/")
+    ours = bool(slash) and not rest.endswith(".py") and source in submodules("diffkd.models")
+    return bool(colon) and not ours
 
 
 def load_object(name: str) -> Any:
