@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from diffkd.maths.layers import conv, norm
+from diffkd.maths.layers import conv, norm, pooled
 
 
 class Denoiser(nn.Module):
@@ -39,10 +39,9 @@ class NoiseMatcher(nn.Module):
         self.body = Bottleneck(dims, channels, 8) if dims else _vector_matcher(channels)
         self.head = nn.Linear(channels, 2)
 
-    def forward(self, feature: Tensor) -> Tensor:
-        """Gamma, between 0 and 1."""
-        pooled = self.body(feature).flatten(2).mean(2) if feature.dim() > 2 else self.body(feature)
-        logits: Tensor = self.head(pooled)
+    def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Gamma, between 0 and 1, from the valid positions `(B, *S)`; None for all."""
+        logits: Tensor = self.head(pooled(self.body(feature), valid))
         return logits.softmax(1)[:, 0]
 
 

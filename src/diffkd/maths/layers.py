@@ -1,6 +1,7 @@
 """Layers and reductions for `(B, C, *S)`: vectors, sequences, maps and volumes alike."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -45,13 +46,36 @@ def conv(dims: int, inputs: int, outputs: int, kernel: int = 1) -> nn.Module:
     return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, kernel, padding=kernel // 2)
 
 
-def pooled(feature: Tensor) -> Tensor:
-    """Mean over the positions: `(B, C, *S)` to `(B, C)`.
+def resize(feature: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Averages `(B, C, *S)` down to a spatial size, for 1 to 3 spatial axes."""
+    if tuple(feature.shape[2:]) == size:
+        return feature
+    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
+    return pool(feature, size)  # type: ignore[arg-type]
+
+
+def without_void(feature: Tensor, valid: Tensor | None) -> Tensor:
+    """The feature `(B, C, *S)` with zeros where `(B, *S)` is False; no gradient passes there.
+
+    >>> without_void(torch.tensor([[[1.0, torch.nan]]]), torch.tensor([[True, False]]))
+    tensor([[[1., 0.]]])
+    """
+    # Not a product, in which inf and nan would stay nan.
+    return feature if valid is None else feature.masked_fill(~valid.unsqueeze(1), 0)
+
+
+def pooled(feature: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean over each sample's valid positions: `(B, C, *S)` to `(B, C)`; 0 where it has none.
 
     >>> pooled(torch.ones(2, 3, 4, 4)).shape
     torch.Size([2, 3])
     """
-    return feature.flatten(2).mean(2) if feature.dim() > 2 else feature
+    if feature.dim() == 2:
+        return feature
+    if valid is None:
+        return feature.flatten(2).mean(2)
+    count = valid.flatten(1).sum(1, keepdim=True).clamp(min=1)
+    return without_void(feature, valid).flatten(2).sum(2) / count
 
 
 def unit(vectors: Tensor) -> Tensor:

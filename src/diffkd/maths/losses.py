@@ -1,4 +1,4 @@
-"""What several methods need: sizes made equal, divergences between class scores."""
+"""What several methods need: masked means, divergences between class scores, checks of options."""
 
 from typing import Any
 
@@ -6,26 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.errors import UserError, kind_of
-
-
-def resize(feature: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Averages `(B, C, *S)` down to a spatial size, for 1 to 3 spatial axes."""
-    if tuple(feature.shape[2:]) == size:
-        return feature
-    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
-    return pool(feature, size)  # type: ignore[arg-type]
-
-
-def to_common_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both features `(B, C, *S)` at the smaller size of the two along each axis.
-
-    >>> import torch
-    >>> a, b = to_common_size(torch.rand(2, 3, 8, 8), torch.rand(2, 5, 4, 4))
-    >>> tuple(a.shape), tuple(b.shape)
-    ((2, 3, 4, 4), (2, 5, 4, 4))
-    """
-    size = tuple(min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
-    return resize(student, size), resize(teacher, size)
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -47,13 +27,16 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     return (logits - logits.mean(1, keepdim=True)) / (eps + logits.std(1, keepdim=True))
 
 
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def kl_divergence(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None
+) -> Tensor:
     """KL divergence of softened class scores `(B, K, *S)`: mean over samples and positions, times tau^2.
 
     Args:
         student: the student's logits.
         teacher: the teacher's logits.
         temperature: tau, which both are divided by.
+        valid: positions that count, `(B, *S)`; None for all.
 
     >>> import torch
     >>> z = torch.randn(4, 10)
@@ -62,10 +45,10 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     """
     ours, theirs = (F.log_softmax(precise(z) / temperature, dim=1) for z in (student, teacher))
     divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
-    return divergence.mean() * temperature**2
+    return masked_mean(divergence, valid) * temperature**2
 
 
-def hard_targets(targets: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+def hard_targets(targets: Any, logits: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The class of each sample or position, and where there is one.
 
     Args:
@@ -73,10 +56,11 @@ def hard_targets(targets: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
             probabilities of as many axes as the logits, of which the largest counts; None takes the
             largest of the logits instead.
         logits: `(B, K, *S)`.
+        valid: positions that count, `(B, *S)`; None for all.
 
     Returns:
         Class indices `(B, *S)` between 0 and K - 1, and where they are to be trusted: labels outside
-        of these (void pixels) are False there.
+        of these (void pixels) are False there, and what is not valid.
 
     Raises:
         UserError: the targets are not of these kinds.
@@ -100,17 +84,38 @@ def hard_targets(targets: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     if tuple(targets.shape[1:]) != size:
         targets = F.interpolate(targets[:, None].float(), size, mode="nearest-exact")[:, 0]
     labels, last = targets.long(), logits.shape[1] - 1
-    return labels.clamp(0, last), (labels >= 0) & (labels <= last)
+    known = (labels >= 0) & (labels <= last)
+    return labels.clamp(0, last), known if valid is None else known & valid
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values where the mask is True; 0 where it is True nowhere.
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of `(B, *S)` or `(B, C, *S)` where the mask is True; 0 where it is True nowhere.
+
+    Args:
+        values: what stands where the mask is False, inf and nan too, changes nothing.
+        mask: of the values' shape, or `(B, *S)` for all channels; None for everywhere.
 
     >>> import torch
     >>> masked_mean(torch.tensor([1.0, 3.0, 50.0]), torch.tensor([True, True, False])).item()
     2.0
     """
+    if mask is None:
+        return values.mean()
+    if mask.dim() < values.dim():
+        mask = mask.unsqueeze(1).expand_as(values)
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+
+
+def squared_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean squared error of `(B, C, *S)` over channels and valid positions `(B, *S)`.
+
+    >>> import torch
+    >>> squared_error(torch.zeros(2, 3), torch.full((2, 3), 2.0)).item()
+    4.0
+    """
+    if valid is None:
+        return F.mse_loss(student, teacher)
+    return masked_mean((student - teacher).square(), valid)
 
 
 def check_positive(**options: float) -> None:

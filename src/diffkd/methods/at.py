@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
+from diffkd.features.maps import matched
 from diffkd.maths.layers import unit
-from diffkd.maths.losses import precise, to_common_size
+from diffkd.maths.losses import masked_mean, precise
 from diffkd.methods.base import Method, Setup, needed_features
 
 
@@ -63,9 +63,10 @@ class AttentionTransfer(Method):
         """The difference of attention, by pair."""
         losses: dict[str, Tensor] = {}
         for name in self.names:
-            sized = to_common_size(precise(student[name]), precise(teacher[name].detach()))
-            ours, theirs = map(self._attention, sized)
-            losses[f"{name}.kd"] = F.mse_loss(ours, theirs)
+            sized = matched(precise(student[name]), precise(teacher[name].detach()), batch.valid)
+            ours, theirs = map(self._attention, sized[:2])
+            valid = None if sized[2] is None else sized[2].flatten(1)
+            losses[f"{name}.kd"] = masked_mean((ours - theirs).square(), valid)
         return losses
 
     def _attention(self, feature: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.maths.layers import inner_products, pooled, unit
-from diffkd.maths.losses import check_positive, precise
+from diffkd.features.maps import vectors
+from diffkd.maths.layers import inner_products, unit
+from diffkd.maths.losses import check_positive, masked_mean, precise
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 
@@ -90,12 +91,12 @@ class CRD(Method):
                 "method 'crd' must know which samples a batch holds; "
                 "give diffkd.Batch(images, targets, indices)"
             )
-        return {
-            f"{pair.name}.kd": self.contrasts[module_key(pair.name)](
-                student[pair.name], teacher[pair.name].detach(), batch.indices, self.negatives
-            )
-            for pair in self.pairs
-        }
+        losses: dict[str, Tensor] = {}
+        for pair in self.pairs:
+            features = vectors(student[pair.name], teacher[pair.name].detach(), batch.valid)
+            contrast = self.contrasts[module_key(pair.name)]
+            losses[f"{pair.name}.kd"] = contrast(*features, batch.indices, self.negatives)
+        return losses
 
 
 class Contrast(nn.Module):
@@ -115,18 +116,28 @@ class Contrast(nn.Module):
         self.embed_teacher = nn.Linear(pair.teacher.channels, width)
         self.student, self.teacher = Memory(size, width), Memory(size, width)
 
-    def forward(self, student: Tensor, teacher: Tensor, indices: Tensor, negatives: int) -> Tensor:
-        """Student's vectors with teacher's memory, plus the reverse."""
-        ours = unit(precise(self.embed_student(pooled(student))))
-        theirs = unit(precise(self.embed_teacher(pooled(teacher))))
+    def forward(
+        self, student: Tensor, teacher: Tensor, known: Tensor | None, indices: Tensor, negatives: int
+    ) -> Tensor:
+        """Student's vectors with teacher's memory, plus the reverse.
+
+        Args:
+            student: the student's means over the positions, `(B, C)`.
+            teacher: the teacher's.
+            known: which samples count, `(B,)`; None for all.
+            indices: of the samples in their data set, `(B,)`.
+            negatives: how many others each is contrasted with.
+        """
+        ours = unit(precise(self.embed_student(student)))
+        theirs = unit(precise(self.embed_teacher(teacher)))
         size = len(self.student.vectors)
         drawn = torch.randint(size, (len(indices), negatives), device=indices.device)
         chosen = torch.cat([indices.unsqueeze(1), drawn], 1)
-        loss: Tensor = self.teacher(ours, chosen, self.temperature)
-        loss = loss + self.student(theirs, chosen, self.temperature)
+        loss: Tensor = self.teacher(ours, chosen, self.temperature, known)
+        loss = loss + self.student(theirs, chosen, self.temperature, known)
         if self.training:
-            self.student.remember(ours, indices, self.momentum)
-            self.teacher.remember(theirs, indices, self.momentum)
+            self.student.remember(ours, indices, self.momentum, known)
+            self.teacher.remember(theirs, indices, self.momentum, known)
         return loss
 
 
@@ -148,13 +159,14 @@ class Memory(nn.Module):
         self.register_buffer("vectors", torch.empty(size, width).uniform_(-bound, bound))
         self.register_buffer("log_z", torch.tensor(math.inf))
 
-    def forward(self, vectors: Tensor, chosen: Tensor, temperature: float) -> Tensor:
+    def forward(self, vectors: Tensor, chosen: Tensor, temperature: float, known: Tensor | None) -> Tensor:
         """Noise-contrastive estimation.
 
         Args:
             vectors: the other model's, `(B, width)`.
             chosen: positions in the memory `(B, 1 + K)`: a vector's own sample, then the others.
             temperature: which the inner products are divided by.
+            known: which vectors count, `(B,)`; None for all.
         """
         # All products cost less than the K memorised vectors of each sample side by side would.
         # The copy is for the backward pass, before which the memory changes in place.
@@ -162,7 +174,7 @@ class Memory(nn.Module):
         scores = scores.gather(1, chosen)
         noise = math.log((chosen.shape[1] - 1) / len(self.vectors))
         logits = scores - self._normalizer(scores) - noise
-        return (F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1)).mean()
+        return masked_mean(F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1), known)
 
     @torch.no_grad()
     def _normalizer(self, scores: Tensor) -> Tensor:
@@ -174,7 +186,10 @@ class Memory(nn.Module):
         return log_z
 
     @torch.no_grad()
-    def remember(self, vectors: Tensor, indices: Tensor, momentum: float) -> None:
-        """Moves what is remembered of some samples, `(B,)` positions, towards their vectors `(B, width)`."""
-        moved = unit(momentum * precise(self.vectors[indices]) + (1 - momentum) * vectors)
+    def remember(self, vectors: Tensor, indices: Tensor, momentum: float, known: Tensor | None) -> None:
+        """Moves what is remembered of known samples, `(B,)` positions, towards their vectors `(B, width)`."""
+        old = precise(self.vectors[indices])
+        moved = unit(momentum * old + (1 - momentum) * vectors)
+        if known is not None:
+            moved = torch.where(known.unsqueeze(1), moved, old)
         self.vectors.index_copy_(0, indices, moved.to(self.vectors.dtype))

@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError, nearest
+from diffkd.features.maps import matched, valid_at
 from diffkd.maths.denoiser import Autoencoder, Denoiser, NoiseMatcher
 from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
-from diffkd.maths.layers import conv, norm
-from diffkd.maths.losses import kl_divergence, precise, resize
+from diffkd.maths.layers import conv, norm, without_void
+from diffkd.maths.losses import kl_divergence, precise, squared_error
 from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing
 
 DISTANCES = ("mse", "kl")
@@ -107,35 +107,46 @@ class DiffKD(nn.Module):
         self.ddim = list(zip(steps, alphas[:-1], alphas[1:], strict=True))
         self._told = False
 
-    def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> DiffKDOutput:
+    def forward(
+        self, student_feature: Tensor, teacher_feature: Tensor, valid: Tensor | None = None
+    ) -> DiffKDOutput:
         """All losses of one training step.
 
         Args:
             student_feature: `(B, student_channels, *S)`.
             teacher_feature: `(B, teacher_channels, *S)`; where sizes differ, the larger is resized.
+            valid: `(B, *S)` bool of any size, False where there is nothing to learn (padding, void
+                pixels): what stands there changes no loss and gets no gradient. None for all valid.
         """
         self._check_shape("student", student_feature, self.student_channels)
         self._check_shape("teacher", teacher_feature, self.teacher_channels)
-        size = self._common_size(student_feature, teacher_feature)
-        target, reconstruction_loss = self._encode(resize(teacher_feature, size))
-        denoised, gamma = self._denoise(self.align(resize(student_feature, size)))
-        kd_loss = self._distance(denoised, target)
-        diffusion_loss = self.diffusion_loss(target)
+        self._tell_sizes(student_feature, teacher_feature)
+        student_feature, teacher_feature, valid = matched(student_feature, teacher_feature, valid)
+        target, reconstruction_loss = self._encode(teacher_feature, valid)
+        denoised, gamma = self._denoise(self.align(student_feature), valid=valid)
+        kd_loss = self._distance(denoised, target, valid)
+        diffusion_loss = self.diffusion_loss(target, valid=valid)
         loss = kd_loss + diffusion_loss + reconstruction_loss
         return DiffKDOutput(denoised, target, loss, kd_loss, diffusion_loss, reconstruction_loss, gamma)
 
-    def denoise(self, feature: Tensor, noise: Tensor | None = None) -> Tensor:
+    def denoise(self, feature: Tensor, noise: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """The student's feature, denoised: what is matched with the target.
 
         Args:
             feature: `(B, student_channels, *S)`.
             noise: `(B, C, *S)`, of the latent's shape; None draws it.
+            valid: as in `forward`.
         """
         self._check_shape("student", feature, self.student_channels)
-        return self._denoise(self.align(feature), noise)[0]
+        valid = valid_at(valid, feature)
+        return self._denoise(self.align(without_void(feature, valid)), noise, valid)[0]
 
     def diffusion_loss(
-        self, target: Tensor, noise: Tensor | None = None, timesteps: Tensor | None = None
+        self,
+        target: Tensor,
+        noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the noise that the denoiser sees in noisy teacher features.
 
@@ -143,54 +154,59 @@ class DiffKD(nn.Module):
             target: `(B, C, *S)`, the clean latent.
             noise: of the target's shape; None draws it.
             timesteps: `(B,)` int64 below `train_timesteps`; None draws them.
+            valid: as in `forward`.
         """
+        valid = valid_at(valid, target)
         if noise is None:
             noise = torch.randn_like(target)
         if timesteps is None:
             timesteps = torch.randint(0, self.train_timesteps, (len(target),), device=target.device)
         noisy = add_noise(precise(target), precise(noise), self.alpha_bars[timesteps])
+        noisy = without_void(noisy, valid)
         predicted = self.denoiser(noisy.to(target.dtype), self.denoiser.embedding(timesteps))
-        return F.mse_loss(precise(predicted), precise(noise))
+        return squared_error(precise(predicted), precise(noise), valid)
 
-    def _encode(self, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, teacher_feature: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """The target, and how badly the autoencoder rebuilds the teacher's feature."""
         if self.autoencoder is None:
             return teacher_feature.detach(), teacher_feature.new_zeros((), dtype=self.alpha_bars.dtype)
         teacher_feature = teacher_feature.detach()
         latent = self.autoencoder.encoder(teacher_feature)
         rebuilt = self.autoencoder.decoder(latent)
-        return latent.detach(), F.mse_loss(precise(rebuilt), precise(teacher_feature))
+        loss = squared_error(precise(rebuilt), precise(teacher_feature), valid)
+        return without_void(latent.detach(), valid), loss
 
-    def _denoise(self, latent: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _denoise(
+        self, latent: Tensor, noise: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Noise matching, the DDIM steps, the projection; also gamma `(B,)`."""
         if noise is None:
             noise = torch.randn_like(latent)
-        gamma = self.noise_matcher(latent)
+        gamma = self.noise_matcher(without_void(latent, valid), valid)
         share = gamma.view(-1, *[1] * (latent.dim() - 1))
-        noisy = share * latent + (1 - share) * noise
+        noisy = without_void(share * latent + (1 - share) * noise, valid)
         denoiser = self._denoiser_with_fixed_weights() if self.detach_denoiser else self.denoiser
         for timestep, alpha_bar, alpha_bar_next in self.ddim:
             predicted = denoiser(noisy, self.denoiser.embedding.weight[timestep])
-            noisy = ddim_step(noisy, predicted, alpha_bar, alpha_bar_next)
+            noisy = without_void(ddim_step(noisy, predicted, alpha_bar, alpha_bar_next), valid)
         return self.projection(noisy), precise(gamma)
 
     def _denoiser_with_fixed_weights(self) -> Callable[[Tensor, Tensor], Tensor]:
         fixed = {name: weight.detach() for name, weight in self.denoiser.named_parameters()}
         return lambda noisy, code: functional_call(self.denoiser, fixed, (noisy, code.detach()))
 
-    def _distance(self, denoised: Tensor, target: Tensor) -> Tensor:
+    def _distance(self, denoised: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
         denoised, target = precise(denoised), precise(target)
         if self.distance == "mse":
-            return F.mse_loss(denoised, target)
-        return kl_divergence(denoised, target, self.temperature)
+            return squared_error(denoised, target, valid)
+        return kl_divergence(denoised, target, self.temperature, valid)
 
-    def _common_size(self, student: Tensor, teacher: Tensor) -> tuple[int, ...]:
-        """The smaller size along each axis; says once that there is something to resize."""
+    def _tell_sizes(self, student: Tensor, teacher: Tensor) -> None:
+        """Says once that there is something to resize."""
         ours, theirs = tuple(student.shape[2:]), tuple(teacher.shape[2:])
         if ours != theirs and not self._told and not torch.compiler.is_compiling():
             self._told = True
             warnings.warn(resizing(ours, theirs), stacklevel=3)
-        return tuple(min(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def _check_shape(self, side: str, feature: Tensor, channels: int) -> None:
         if feature.dim() != self.spatial_dims + 2 or feature.shape[1] != channels:
@@ -264,7 +280,7 @@ class DiffKDMethod(Method):
         losses: dict[str, Tensor] = {}
         for name, key in self.keys.items():
             diffkd = self.pairs[key]
-            out: DiffKDOutput = diffkd(student[name], teacher[name])
+            out: DiffKDOutput = diffkd(student[name], teacher[name], batch.valid)
             losses |= {f"{name}.kd": out.kd_loss, f"{name}.diffusion": out.diffusion_loss}
             if diffkd.autoencoder is not None:
                 losses[f"{name}.reconstruction"] = out.reconstruction_loss

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.maths.losses import check_not_negative, check_positive, precise, to_common_size
+from diffkd.features.maps import matched
+from diffkd.maths.losses import check_not_negative, check_positive, masked_mean, precise
 from diffkd.methods.base import Method, Setup, needed_logits
 
 
@@ -59,21 +60,38 @@ class DIST(Method):
         losses: dict[str, Tensor] = {}
         scale = self.temperature**2
         for name in self.names:
-            sized = to_common_size(precise(student[name]), precise(teacher[name]))
+            *sized, valid = matched(precise(student[name]), precise(teacher[name]), batch.valid)
             ours, theirs = (_one_per_row(logits / self.temperature).softmax(1) for logits in sized)
-            losses[f"{name}.inter"] = self.beta * scale * (1 - correlation(ours, theirs, 1).mean())
-            losses[f"{name}.intra"] = self.gamma * scale * (1 - correlation(ours, theirs, 0).mean())
+            rows = None if valid is None else valid.flatten()
+            inter = 1 - masked_mean(correlation(ours, theirs, 1), rows)
+            intra = 1 - correlation(ours, theirs, 0, rows).mean()
+            # Of no valid position the correlation is 0, but there is nothing to learn.
+            some = 1.0 if rows is None else rows.any()
+            losses[f"{name}.inter"] = self.beta * scale * inter * some
+            losses[f"{name}.intra"] = self.gamma * scale * intra * some
         return losses
 
 
-def correlation(a: Tensor, b: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
-    """Pearson's correlation along an axis; 0 where a tensor does not vary.
+def correlation(a: Tensor, b: Tensor, dim: int, rows: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """Pearson's correlation of `(N, K)` along an axis; 0 where a tensor does not vary.
+
+    Args:
+        a: one tensor.
+        b: the other.
+        dim: the axis.
+        rows: which rows count along axis 0, `(N,)` bool; None for all.
+        eps: keeps the quotient finite.
 
     >>> a = torch.tensor([[1.0, 2.0, 3.0]])
     >>> round(correlation(a, 1 - 2 * a, 1).item(), 4)
     -1.0
     """
-    a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
+    if rows is None:
+        a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
+    else:
+        where, count = rows.unsqueeze(1), rows.sum().clamp(min=1)
+        a, b = (x - (x * where).sum(dim, keepdim=True) / count for x in (a, b))
+        a, b = a * where, b * where
     length_a, length_b = (torch.linalg.vector_norm(x, dim=dim) for x in (a, b))
     found: Tensor = (a * b).sum(dim) / (length_a * length_b + eps)
     return found

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.batch import Batch
+from diffkd.features.maps import matched
 from diffkd.maths.losses import (
     check_not_negative,
     check_positive,
@@ -14,7 +15,6 @@ from diffkd.maths.losses import (
     masked_mean,
     precise,
     standardize,
-    to_common_size,
 )
 from diffkd.methods.base import Method, Setup, needed_logits
 
@@ -79,8 +79,8 @@ class DKD(Method):
         """Both parts, by pair."""
         losses: dict[str, Tensor] = {}
         for name in self.names:
-            ours, theirs = to_common_size(precise(student[name]), precise(teacher[name]))
-            labels, known = hard_targets(batch.targets, theirs)
+            ours, theirs, valid = matched(precise(student[name]), precise(teacher[name]), batch.valid)
+            labels, known = hard_targets(batch.targets, theirs, valid)
             binary, others = (
                 F.kl_div(a, b, reduction="none", log_target=True).sum(1)
                 for a, b in zip(self._decouple(ours, labels), self._decouple(theirs, labels), strict=True)

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
+from diffkd.features.maps import matched
 from diffkd.maths.layers import conv
-from diffkd.maths.losses import precise, to_common_size
+from diffkd.maths.losses import precise, squared_error
 from diffkd.methods.base import Method, Setup, module_key, needed_features
 
 
@@ -57,7 +57,7 @@ class FitNet(Method):
         """The distance, by pair."""
         losses: dict[str, Tensor] = {}
         for pair in self.pairs:
-            ours, theirs = to_common_size(student[pair.name], teacher[pair.name].detach())
+            ours, theirs, valid = matched(student[pair.name], teacher[pair.name].detach(), batch.valid)
             ours = self.regressors[module_key(pair.name)](ours)
-            losses[f"{pair.name}.kd"] = F.mse_loss(precise(ours), precise(theirs))
+            losses[f"{pair.name}.kd"] = squared_error(precise(ours), precise(theirs), valid)
         return losses

@@ -5,13 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.maths.losses import (
-    check_positive,
-    kl_divergence,
-    precise,
-    standardize,
-    to_common_size,
-)
+from diffkd.features.maps import matched
+from diffkd.maths.losses import check_positive, kl_divergence, precise, standardize
 from diffkd.methods.base import Method, Setup, needed_logits
 
 
@@ -55,8 +50,8 @@ class KD(Method):
         """The divergence, by pair."""
         losses: dict[str, Tensor] = {}
         for name in self.names:
-            ours, theirs = to_common_size(precise(student[name]), precise(teacher[name]))
+            ours, theirs, valid = matched(precise(student[name]), precise(teacher[name]), batch.valid)
             if self.standardize:
                 ours, theirs = standardize(ours), standardize(theirs)
-            losses[f"{name}.kd"] = kl_divergence(ours, theirs, self.temperature)
+            losses[f"{name}.kd"] = kl_divergence(ours, theirs, self.temperature, valid)
         return losses

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.maths.layers import conv
-from diffkd.maths.losses import precise, to_common_size
+from diffkd.features.maps import matched
+from diffkd.maths.layers import conv, without_void
+from diffkd.maths.losses import precise, squared_error
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 
@@ -62,10 +62,11 @@ class MGD(Method):
         losses: dict[str, Tensor] = {}
         for pair in self.pairs:
             key = module_key(pair.name)
-            ours, theirs = to_common_size(student[pair.name], teacher[pair.name].detach())
+            ours, theirs, valid = matched(student[pair.name], teacher[pair.name].detach(), batch.valid)
             drawn = torch.rand(len(ours), 1, *ours.shape[2:], device=ours.device)
-            generated = self.generation[key](self.align[key](ours) * (drawn >= self.mask_ratio))
-            losses[f"{pair.name}.kd"] = F.mse_loss(precise(generated), precise(theirs))
+            aligned = without_void(self.align[key](ours), valid)
+            generated = self.generation[key](aligned * (drawn >= self.mask_ratio))
+            losses[f"{pair.name}.kd"] = squared_error(precise(generated), precise(theirs), valid)
         return losses
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.maths.layers import conv, norm, pooled
+from diffkd.features.maps import valid_at
+from diffkd.maths.layers import conv, norm, pooled, without_void
 from diffkd.maths.losses import check_positive, hard_targets, masked_mean, precise
 from diffkd.methods.base import Method, Setup, module_key, needed_logits
 
@@ -83,13 +84,17 @@ class OFA(Method):
         onehot = torch.zeros_like(theirs).scatter(1, labels.unsqueeze(1), 1.0)
         probs = (theirs / self.temperature).softmax(1)
 
-        def loss(logits: Tensor, eps: float) -> Tensor:
+        def loss(logits: Tensor, eps: float, known: Tensor) -> Tensor:
             log_probs = F.log_softmax(precise(logits) / self.temperature, dim=1)
             enhanced = (probs + onehot).pow(eps) - onehot
             return masked_mean(-(enhanced * log_probs).sum(1), known)
 
-        losses = {f"{n}.kd": loss(self.heads[key](student[n]), self.eps) for n, key in self.keys.items()}
-        return losses | {f"{name}.kd": loss(student[name], self.logits_eps)}
+        losses: dict[str, Tensor] = {}
+        for tap, key in self.keys.items():
+            valid = valid_at(batch.valid, student[tap])
+            counted = known if valid is None else known & valid.flatten(1).any(1)
+            losses[f"{tap}.kd"] = loss(self.heads[key](student[tap], valid), self.eps, counted)
+        return losses | {f"{name}.kd": loss(student[name], self.logits_eps, known)}
 
 
 class Head(nn.Module):
@@ -111,8 +116,8 @@ class Head(nn.Module):
             self.body = nn.Sequential(depthwise, conv(dims, channels, width), norm(dims, width), nn.ReLU())
         self.classifier = nn.Linear(width if dims else channels, classes)
 
-    def forward(self, feature: Tensor) -> Tensor:
-        """The scores."""
-        feature = self.body(feature.to(self.classifier.weight.dtype))
-        scores: Tensor = self.classifier(pooled(feature))
+    def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The scores, of the valid positions `(B, *S)`; None for all."""
+        feature = self.body(without_void(feature.to(self.classifier.weight.dtype), valid))
+        scores: Tensor = self.classifier(pooled(feature, valid))
         return scores

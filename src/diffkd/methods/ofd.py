@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
-from diffkd.maths.layers import conv, norm
-from diffkd.maths.losses import precise, to_common_size
+from diffkd.features.maps import matched
+from diffkd.maths.layers import conv, norm, without_void
+from diffkd.maths.losses import precise
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 
@@ -55,8 +56,8 @@ class OFD(Method):
         """The partial distance, by pair."""
         losses: dict[str, Tensor] = {}
         for stage, pair in enumerate(self.pairs, start=1):
-            ours, theirs = to_common_size(student[pair.name], teacher[pair.name].detach())
-            distance = self.connectors[module_key(pair.name)](ours, theirs)
+            features = matched(student[pair.name], teacher[pair.name].detach(), batch.valid)
+            distance = self.connectors[module_key(pair.name)](*features)
             losses[f"{pair.name}.kd"] = distance / (1000 * 2 ** (len(self.pairs) - stage))
         return losses
 
@@ -78,15 +79,15 @@ class Connector(nn.Module):
         self.register_buffer("margin", torch.zeros(channels))
         self.register_buffer("seen", torch.zeros(channels, dtype=torch.int64))
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Sum over channels and positions, mean over samples."""
+    def forward(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        """Sum over channels and valid positions `(B, *S)`, mean over samples."""
         teacher = precise(teacher)
         if self.training:
             self._update(teacher)
         margin = precise(self.margin).view(-1, *[1] * (teacher.dim() - 2))
         ours, target = precise(self.layers(student)), torch.maximum(teacher, margin)
         counts = (ours > target) | (target > 0)
-        return ((ours - target).square() * counts).sum() / len(ours)
+        return without_void((ours - target).square() * counts, valid).sum() / len(ours)
 
     @torch.no_grad()
     def _update(self, teacher: Tensor) -> None:

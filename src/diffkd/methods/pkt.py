@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.maths.layers import inner_products, pooled, unit
-from diffkd.maths.losses import check_positive, precise
+from diffkd.features.maps import tuples_of, vectors
+from diffkd.maths.layers import inner_products, unit
+from diffkd.maths.losses import check_positive, masked_mean, precise
 from diffkd.methods.base import Method, Setup, needed_features
 
 
@@ -53,15 +55,20 @@ class PKT(Method):
         """The divergence, by pair."""
         losses: dict[str, Tensor] = {}
         for name in self.names:
-            ours, theirs = _neighbours(student[name]), _neighbours(teacher[name].detach())
+            pair = vectors(precise(student[name]), precise(teacher[name].detach()), batch.valid)
+            known = tuples_of(pair[2], 2)
+            ours, theirs = (_neighbours(unit(feature), known) for feature in pair[:2])
             divergence = theirs * ((theirs + self.eps) / (ours + self.eps)).log()
-            losses[f"{name}.kd"] = divergence.mean()
+            losses[f"{name}.kd"] = masked_mean(divergence, known)
         return losses
 
 
-def _neighbours(feature: Tensor) -> Tensor:
-    """`(B, C, *S)` to probabilities `(B, B)`, each row's sum 1."""
-    vectors = unit(pooled(precise(feature)))
+def _neighbours(vectors: Tensor, known: Tensor | None) -> Tensor:
+    """`(B, C)` of length 1 to probabilities `(B, B)`, each row's sum 1 over the pairs that are known."""
     # Rounding takes the cosine of opposites below -1, and the logarithm has no value there.
     kernel = ((inner_products(vectors, vectors) + 1) / 2).clamp(min=0)
-    return kernel / kernel.sum(1, keepdim=True)
+    if known is None:
+        return kernel / kernel.sum(1, keepdim=True)
+    kernel = kernel.masked_fill(~known, 0)
+    total = kernel.sum(1, keepdim=True)
+    return kernel / torch.where(total > 0, total, 1)

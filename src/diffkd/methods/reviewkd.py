@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.maths.layers import conv, norm
-from diffkd.maths.losses import check_positive, precise, resize, to_common_size
+from diffkd.features.maps import matched, shrink, valid_at
+from diffkd.maths.layers import conv, norm, without_void
+from diffkd.maths.losses import check_positive, precise, squared_error
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 LEVELS = (4, 2, 1)
@@ -70,9 +71,11 @@ class ReviewKD(Method):
         losses: dict[str, Tensor] = {}
         fused: Tensor | None = None
         for pair in reversed(self.pairs):
-            ours, fused = self.fusions[module_key(pair.name)](student[pair.name], fused)
-            sized = to_common_size(ours, teacher[pair.name].detach())
-            losses[f"{pair.name}.kd"] = _hierarchical(*map(precise, sized))
+            feature = student[pair.name]
+            valid = valid_at(batch.valid, feature)
+            ours, fused = self.fusions[module_key(pair.name)](feature, fused, valid)
+            ours, theirs, valid = matched(ours, teacher[pair.name].detach(), batch.valid)
+            losses[f"{pair.name}.kd"] = _hierarchical(precise(ours), precise(theirs), valid)
         return dict(reversed(losses.items()))
 
 
@@ -92,24 +95,31 @@ class Fusion(nn.Module):
         self.attention = None if deepest else nn.Sequential(conv(2, 2 * width, 2), nn.Sigmoid())
         self.widen = nn.Sequential(conv(2, width, outputs, 3), norm(2, outputs))
 
-    def forward(self, feature: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The map in the teacher's channels, and what goes on to the stage before."""
-        fused = self.narrow(feature)
+    def forward(self, feature: Tensor, deeper: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The map in the teacher's channels, and what goes on to the stage before.
+
+        Args:
+            feature: `(B, C, H, W)`.
+            deeper: what came from the deeper stage, of any size.
+            valid: where the feature is, `(B, H, W)`; None for everywhere.
+        """
+        fused = self.narrow(without_void(feature, valid))
         if self.attention is not None:
             assert deeper is not None
             deeper = F.interpolate(deeper, fused.shape[2:], mode="nearest")
             share = self.attention(torch.cat([fused, deeper], 1))
             fused = fused * share[:, :1] + deeper * share[:, 1:]
+        fused = without_void(fused, valid)
         return self.widen(fused), fused
 
 
-def _hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
+def _hierarchical(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
     """Mean squared error of maps and of their means over ever coarser grids."""
-    loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
+    loss, weight, total = squared_error(student, teacher, valid), 1.0, 1.0
     for level in LEVELS:
         if level < min(student.shape[2:]):
             weight /= 2
             total += weight
-            ours, theirs = (resize(feature, (level, level)) for feature in (student, teacher))
-            loss = loss + weight * F.mse_loss(ours, theirs)
+            ours, theirs = (shrink(feature, valid, (level, level)) for feature in (student, teacher))
+            loss = loss + weight * squared_error(ours, theirs, valid_at(valid, ours))
     return loss / total

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.maths.layers import inner_products, pooled, unit
-from diffkd.maths.losses import check_not_negative, precise
+from diffkd.features.maps import tuples_of, vectors
+from diffkd.maths.layers import inner_products, unit
+from diffkd.maths.losses import check_not_negative, masked_mean, precise
 from diffkd.methods.base import Method, Setup, needed_features
 
 
@@ -57,18 +58,29 @@ class RKD(Method):
         """Both relations, by pair."""
         losses: dict[str, Tensor] = {}
         for name in self.names:
-            ours, theirs = (pooled(precise(f)) for f in (student[name], teacher[name].detach()))
-            distance = F.smooth_l1_loss(_distances(ours), _distances(theirs))
-            angle = F.smooth_l1_loss(_angles(ours), _angles(theirs))
+            ours, theirs, known = vectors(
+                precise(student[name]), precise(teacher[name].detach()), batch.valid
+            )
+            distance = _huber(_distances(ours, known), _distances(theirs, known), tuples_of(known, 2))
+            angle = _huber(_angles(ours), _angles(theirs), tuples_of(known, 3))
             losses[f"{name}.distance"] = self.distance_weight * distance
             losses[f"{name}.angle"] = self.angle_weight * angle
         return losses
 
 
-def _distances(vectors: Tensor) -> Tensor:
-    """Between all rows `(B, C)`: `(B, B)`, those that are positive 1 in the mean."""
+def _huber(ours: Tensor, theirs: Tensor, known: Tensor | None) -> Tensor:
+    """Mean over what is known."""
+    if known is None:
+        return F.smooth_l1_loss(ours, theirs)
+    return masked_mean(F.smooth_l1_loss(ours, theirs, reduction="none"), known)
+
+
+def _distances(vectors: Tensor, known: Tensor | None) -> Tensor:
+    """Between all known rows `(B, C)`: `(B, B)`, those that are positive 1 in the mean."""
     # By way of a matrix product, which is faster, small distances would come out as noise.
     distances = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+    if known is not None:
+        distances = distances.masked_fill(~known.unsqueeze(1) | ~known, 0)
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
     return distances / torch.where(mean > 0, mean, 1)
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
+from diffkd.features.maps import matched
 from diffkd.maths.layers import conv, norm
-from diffkd.maths.losses import check_positive, precise, to_common_size
+from diffkd.maths.losses import check_positive, precise, squared_error
 from diffkd.methods.base import Method, Setup, module_key, needed_features
 
 
@@ -55,10 +55,10 @@ class SimKD(Method):
         """The error, by pair."""
         losses: dict[str, Tensor] = {}
         for name, key in self.keys.items():
-            ours, theirs = to_common_size(student[name], teacher[name])
+            ours, theirs, valid = matched(student[name], teacher[name].detach(), batch.valid)
             projector: Any = self.projectors[key]
             projected = projector(ours.to(projector[0].weight.dtype))
-            losses[f"{name}.kd"] = F.mse_loss(precise(projected), precise(theirs))
+            losses[f"{name}.kd"] = squared_error(precise(projected), precise(theirs), valid)
         return losses
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.maths.layers import inner_products, unit
-from diffkd.maths.losses import precise
+from diffkd.features.maps import known_samples, tuples_of, valid_at
+from diffkd.maths.layers import inner_products, unit, without_void
+from diffkd.maths.losses import precise, squared_error
 from diffkd.methods.base import Method, Setup, needed_features
 
 
@@ -49,13 +49,16 @@ class SimilarityPreserving(Method):
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
         """The difference of similarities, by pair."""
-        return {
-            f"{name}.kd": F.mse_loss(_similarities(student[name]), _similarities(teacher[name].detach()))
-            for name in self.names
-        }
+        losses: dict[str, Tensor] = {}
+        for name in self.names:
+            ours, theirs = student[name], teacher[name].detach()
+            known = tuples_of(known_samples(ours, theirs, batch.valid), 2)
+            ours, theirs = (_similarities(feature, batch.valid) for feature in (ours, theirs))
+            losses[f"{name}.kd"] = squared_error(ours, theirs, known)
+        return losses
 
 
-def _similarities(feature: Tensor) -> Tensor:
+def _similarities(feature: Tensor, valid: Tensor | None) -> Tensor:
     """`(B, C, *S)` to `(B, B)`, in rows of length 1."""
-    rows = precise(feature).flatten(1)
+    rows = precise(without_void(feature, valid_at(valid, feature))).flatten(1)
     return unit(inner_products(rows, rows))

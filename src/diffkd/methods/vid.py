@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
+from diffkd.features.maps import matched
 from diffkd.maths.layers import conv
-from diffkd.maths.losses import precise, to_common_size
+from diffkd.maths.losses import masked_mean, precise
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 SMALLEST_VARIANCE = 1e-5
@@ -61,8 +62,8 @@ class VID(Method):
         """The negative log-likelihood, by pair."""
         losses: dict[str, Tensor] = {}
         for pair in self.pairs:
-            ours, theirs = to_common_size(student[pair.name], teacher[pair.name].detach())
-            losses[f"{pair.name}.kd"] = self.gaussians[module_key(pair.name)](ours, theirs)
+            features = matched(student[pair.name], teacher[pair.name].detach(), batch.valid)
+            losses[f"{pair.name}.kd"] = self.gaussians[module_key(pair.name)](*features)
         return losses
 
 
@@ -89,9 +90,9 @@ class Gaussian(nn.Module):
         raw = excess + math.log(-math.expm1(-excess))
         self.raw_variance = nn.Parameter(torch.full((outputs,), raw))
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean negative log-likelihood, less its constant."""
+    def forward(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        """Mean negative log-likelihood, less its constant, over valid positions `(B, *S)`."""
         variance = F.softplus(precise(self.raw_variance)) + SMALLEST_VARIANCE
         variance = variance.view(-1, *[1] * (student.dim() - 2))
         error = precise(self.mean(student)) - precise(teacher)
-        return 0.5 * (error.square() / variance + variance.log()).mean()
+        return 0.5 * masked_mean(error.square() / variance + variance.log(), valid)
