@@ -25,7 +25,7 @@ METHODS = {"none": "student alone", "diffkd": "with DiffKD"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/digits"))
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/digits-8x8"))
     parser.add_argument("overrides", nargs="*", help="key=value for every run")
     wanted = parser.parse_intermixed_args()
     print(
@@ -46,7 +46,7 @@ def main() -> None:
 def run(folder: Path, method: str, seed: int, overrides: list[str]) -> dict:
     words = [f"method={method}", f"seed={seed}", f"output={folder}", "resume=true", *overrides]
     if not RunFolder(folder).finished:
-        fit(load("digits", words), Reporter())
+        fit(load("digits-8x8", words), Reporter())
     return RunFolder(folder).read_summary()
 
 

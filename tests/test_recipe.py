@@ -90,7 +90,7 @@ def test_base_is_built_on(tmp_path):
     found = recipe(tmp_path, "base: low\nmethod: {kd: 0.5}\ntrainer: {epochs: 7}\nseed: 3")
     assert found.method.keys() == {"kd"}
     assert (found.trainer.epochs, found.trainer.log_every, found.seed) == (7, 1, 3)
-    assert recipe(tmp_path, "base: digits\nseed: 4").data.name == "digits"
+    assert recipe(tmp_path, "base: digits-8x8\nseed: 4").data.name == "digits"
 
 
 def test_base_that_comes_back_is_refused(tmp_path):

@@ -32,6 +32,7 @@ def build(
     test_scenes: int | None = None,
     clutter: int | None = None,
     noise: float = 0.05,
+    shift: int = 2,
 ) -> Data:
     """Scenes made at the start, always the same; training and test scenes are of different people's digits.
 
@@ -51,6 +52,7 @@ def build(
         test_scenes: how many to test on; 2,000 to classify, else 500, if not given.
         clutter: pieces of digits that lie about in each.
         noise: standard deviation of the pixels' noise, on the scale 0 to 1.
+        shift: training pictures to classify move by up to so many pixels each way, black coming in.
 
     Raises:
         UserError: a root was given, or an option is out of its range.
@@ -64,6 +66,8 @@ def build(
     given = {"size": size, "clutter": clutter, "noise": noise}
     options = SceneOptions(**_USUAL[kind] | {k: v for k, v in given.items() if v is not None})
     counts = [_COUNTS[kind][i] if n is None else n for i, n in enumerate((train_scenes, test_scenes))]
+    if shift < 0:
+        raise UserError(f"data.shift={shift} is negative; give 0 or more pixels")
     for name, count in zip(("train_scenes", "test_scenes"), counts, strict=True):
         if count < 1:
             raise UserError(f"data.{name}={count}: needs at least 1")
@@ -73,8 +77,8 @@ def build(
     )
     mean, std = channel_statistics(train.images)
     return Data(
-        train=_split(train, kind),
-        test=_split(test, kind),
+        train=_split(train, kind, shift),
+        test=_split(test, kind, 0),
         num_classes=11 if kind == "segmentation" else 10,
         image_shape=(3, options.size, options.size),
         mean=mean,
@@ -99,9 +103,9 @@ def _stocks() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return train, test
 
 
-def _split(scenes: Scenes, kind: Kind) -> ArraySplit:
+def _split(scenes: Scenes, kind: Kind, shift: int) -> ArraySplit:
     if kind == "classification":
-        return ArraySplit(scenes.images, scenes.labels[:, 0])
+        return ArraySplit(scenes.images, scenes.labels[:, 0], crop_padding=shift)
     if kind == "segmentation":
         return ArraySplit(scenes.images, scenes.masks.long())
     return BoxScenes(scenes)
