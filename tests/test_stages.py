@@ -8,7 +8,8 @@ from torch import nn
 
 from diffkd import Distiller
 from diffkd.features.stages import find_stages
-from diffkd.features.taps import Taps, dry_run
+from diffkd.features.taps import Taps
+from diffkd.features.watch import dry_run
 from diffkd.models.base import build
 
 # family: pictures' size, last map `(C, H, W)`, number of stages

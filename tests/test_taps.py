@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from diffkd.errors import UserError
-from diffkd.features.taps import Taps, dry_run
+from diffkd.features.taps import Taps
+from diffkd.features.watch import dry_run
 
 
 def probe(model, layers, images, size="images"):

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError, nearest
+from diffkd.features.pairs import Pair, Probed, pair_up
 from diffkd.features.stages import find_stages
-from diffkd.features.taps import Taps, dry_run
-from diffkd.methods.base import Feature, Method, Pair, Setup, method_class
+from diffkd.features.taps import Taps
+from diffkd.features.watch import dry_run
+from diffkd.methods.base import Method, Setup, method_class
 from diffkd.names import options_of
 
 MethodChoice = float | Mapping[str, Any] | Callable[[Setup], Method]
@@ -243,14 +245,13 @@ class Distiller(nn.Module):
             warnings.warn(
                 f"tap '{layer}' of the student gets no gradient: nothing is learned there", stacklevel=4
             )
-        return _pair_up(taps, students, teachers, logits)
+        return pair_up(taps, students, teachers, logits)
 
-    def _probe(
-        self, taps: Taps, model: nn.Module, prepare: nn.Module, sample: Batch, side: str
-    ) -> dict[str, tuple[int, ...]]:
+    def _probe(self, taps: Taps, model: nn.Module, prepare: nn.Module, sample: Batch, side: str) -> Probed:
         prepared = self._roles.prepare(sample, prepare)
         with dry_run(model), torch.set_grad_enabled(side == "student"):
-            return taps.probe(lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
+            shapes = taps.probe(lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
+        return Probed(shapes, taps.seen)
 
     def _default_taps(self, builders: list[Any], sample: Batch, logits: Sequence[str]) -> dict[str, str]:
         """What the methods want, of what the two models have."""
@@ -336,48 +337,6 @@ class _Configured:
 
     def __call__(self, setup: Setup) -> Method:
         return self.kind(setup, **self.options)  # type: ignore[call-arg]
-
-
-def _pair_up(
-    taps: Mapping[str, str],
-    students: Mapping[str, tuple[int, ...]],
-    teachers: Mapping[str, tuple[int, ...]],
-    logits: Sequence[str],
-) -> tuple[Pair, ...]:
-    """Pairs of the tapped features; a tap that gives several maps gives as many pairs."""
-    pairs = []
-    for tap in logits:
-        entries = _entries(tap, students) if tap in taps else []
-        if entries and entries != [tap.partition("@")[0]]:
-            warnings.warn(
-                f"the student's output has the entries {', '.join(entries)}: none is taken for class scores; "
-                f"say which, such as logits=('{entries[0]}',)",
-                stacklevel=5,
-            )
-    for student_tap, teacher_tap in taps.items():
-        ours, theirs = _entries(student_tap, students), _entries(teacher_tap, teachers)
-        if len(ours) != len(theirs):
-            raise UserError(
-                f"tap '{student_tap}' gives {len(ours)} feature(s), "
-                f"the teacher's '{teacher_tap}' {len(theirs)}; "
-                f"name single ones, such as '{(ours if len(ours) > 1 else theirs)[0]}'"
-            )
-        for a, b in zip(ours, theirs, strict=True):
-            is_logits = a in logits and b in logits
-            pair = Pair(a or "output", Feature(a, students[a]), Feature(b, teachers[b]), is_logits)
-            if is_logits and pair.student.channels != pair.teacher.channels:
-                raise UserError(
-                    f"the student has {pair.student.channels} classes, the teacher {pair.teacher.channels}; "
-                    "distil features only, or bring a teacher made for these classes"
-                )
-            pairs.append(pair)
-    return tuple(pairs)
-
-
-def _entries(tap: str, features: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The features that a tap gave: one of its own name, or one per entry of a list or dict."""
-    tap = tap.partition("@")[0]  # the layout is no part of the name
-    return [tap] if tap in features else [name for name in features if name.startswith(f"{tap}[")]
 
 
 def _wanted(pairs: tuple[Pair, ...], build: Any | None, stages: Mapping[str, str]) -> tuple[Pair, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.features.layouts import positions, prefix_tokens
-from diffkd.features.taps import dry_run
+from diffkd.features.watch import dry_run
 
 SAME_STAGE = 0.6  # convolutions without padding shrink a map a little: no new stage
 

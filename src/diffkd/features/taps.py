@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError, nearest
 from diffkd.features.layouts import LAYOUTS, Evidence, Layout, prefix_tokens, tell_layout
+from diffkd.features.watch import watching
 
 
 class Taps:
@@ -27,6 +26,7 @@ class Taps:
     Raises:
         UserError: a path or layout does not exist; the nearest ones are given.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Flatten())
     >>> taps = Taps(model, ["0", ""])
     >>> taps.probe(lambda: model(torch.rand(2, 3, 8, 8)), (8, 8))
@@ -48,6 +48,7 @@ class Taps:
         self._layouts: dict[str, Layout] = {}
         self._entries: list[tuple[str, str, str | int | None]] = []
         self.without_gradient: tuple[str, ...] = ()
+        self.seen: tuple[int, ...] | None = None
 
     def probe(self, run: Callable[[], Any], image_size: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
         """One dry run, from which each feature's layout is told.
@@ -63,8 +64,9 @@ class Taps:
             UserError: a layer did not run, gives integers, or its layout cannot be told.
         """
         self._store.clear()
-        with _watching(self._model) as leaves:
+        with watching(self._model) as watched:
             run()
+        self.seen = watched.seen or image_size
         self._entries, self._layouts = [], {}
         for request in self._requests:
             for name, key, feature in self._expand(request):
@@ -74,7 +76,9 @@ class Taps:
                         f"tap '{name}' gives integers ({kind}), which carry no gradient; "
                         "tap a floating-point layer"
                     )
-                evidence = Evidence(leaves.get(request.path, []), image_size, prefix_tokens(self._model))
+                evidence = Evidence(
+                    watched.leaves.get(request.path, []), self.seen, prefix_tokens(self._model)
+                )
                 self._entries.append((name, request.path, key))
                 self._layouts[name] = tell_layout(name, feature, request.axes, evidence)
         raw = {name: _entry(self._store[path], key) for name, path, key in self._entries}
@@ -160,60 +164,3 @@ def _is_list(output: Any) -> bool:
 
 def _entry(output: Any, key: str | int | None) -> Tensor:
     return output if key is None else output[key]  # type: ignore[no-any-return]
-
-
-# --- dry runs --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def dry_run(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a forward pass that leaves no trace: no statistics, no random numbers, no mode."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _watching(model: nn.Module) -> Iterator[dict[str, list[nn.Module]]]:
-    """Layers with weights of their own, in order of execution, by every path that they are inside of."""
-    inside: dict[str, list[nn.Module]] = {}
-    handles = []
-
-    def note(path: str) -> Callable[..., None]:
-        parts = path.split(".") if path else []
-        above = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
-
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            for outer in dict.fromkeys(above):
-                inside.setdefault(outer, []).append(module)
-
-        return hook
-
-    latest: list[nn.Module] = []
-
-    def remember(module: nn.Module, inputs: Any, output: Any) -> None:
-        latest[:] = [module]
-
-    def borrow(path: str) -> Callable[..., None]:
-        # An activation or a permutation knows nothing of its axes: what ran before it does.
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            inside[path] = list(latest)
-
-        return hook
-
-    for path, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            handles.append(module.register_forward_hook(note(path)))
-            handles.append(module.register_forward_hook(remember))
-        elif not any(True for _ in module.parameters()):
-            handles.append(module.register_forward_hook(borrow(path)))
-    try:
-        yield inside
-    finally:
-        for handle in handles:
-            handle.remove()

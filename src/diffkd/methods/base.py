@@ -10,46 +10,10 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
+from diffkd.features.pairs import Feature as Feature
+from diffkd.features.pairs import Pair as Pair
 from diffkd.maths.losses import check_classes
 from diffkd.names import load_class
-
-
-@dataclass(frozen=True)
-class Feature:
-    """What a tap hands out, as the dry run found it.
-
-    Attributes:
-        layer: path of the layer in its model; "" is the model's output.
-        shape: `(C, *S)`: channels first, no batch axis, `S` empty for vectors.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-
-    @property
-    def channels(self) -> int:
-        """Size of the channel axis."""
-        return self.shape[0]
-
-    @property
-    def spatial_dims(self) -> int:
-        """Number of spatial axes: 0 for vectors, 2 for maps."""
-        return len(self.shape) - 1
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A student's feature and the teacher's that it is matched with.
-
-    Attributes:
-        name: key of the pair's tensors in `Method.forward`, and the middle of its losses' names.
-        is_logits: both sides are class scores, class axis first.
-    """
-
-    name: str
-    student: Feature
-    teacher: Feature
-    is_logits: bool = False
 
 
 @dataclass(frozen=True)
