@@ -1,4 +1,7 @@
-"""torchvision's classifiers: `torchvision/resnet34`, with `weights: pretrained` or `IMAGENET1K_V1`."""
+"""torchvision's models: `torchvision/resnet34`, with `weights: pretrained` or a name such as `IMAGENET1K_V1`.
+
+Detectors go by the same names, and with a backbone of timm: `torchvision/retinanet:timm/resnet18`.
+"""
 
 from typing import Any
 
@@ -6,6 +9,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from diffkd.errors import UserError, nearest
+from diffkd.models import detectors
 from diffkd.models.base import Wants
 
 # They give a tuple in training mode unless told otherwise.
@@ -20,7 +24,7 @@ def build(
     num_classes: int = 1000,
     **options: Any,
 ) -> nn.Module:
-    """A classifier of torchvision with fresh weights; it takes pictures of 3 channels.
+    """A model of torchvision with fresh weights; it takes pictures of 3 channels.
 
     Raises:
         UserError: there is no such model (the nearest names are given), or it does not take an option.
@@ -28,6 +32,8 @@ def build(
     >>> build("resnet18", num_classes=5).fc.out_features
     5
     """
+    if detectors.serves(name):
+        return detectors.build(name, num_classes=num_classes, image_size=image_size, **options)
     builder = _builder(name)
     plain = _PLAIN if name in ("googlenet", "inception_v3") else {}
     options = {**plain, **_sized(name, image_size), **options}
@@ -40,6 +46,8 @@ def build(
 
 def wants(name: str, weights: str | None) -> Wants:
     """Three channels; the fixed size of a transformer; of published weights also mean and deviation."""
+    if detectors.serves(name):
+        return Wants(None, IMAGENET_MEAN, IMAGENET_STD, 3) if weights else Wants(channels=3)
     _builder(name)
     if weights is None:
         return Wants(224 if _sized(name, (224, 224)) else None, channels=3)
@@ -63,7 +71,7 @@ def state(name: str, weights: str) -> dict[str, Tensor]:
 
 def names() -> list[str]:
     """All of them."""
-    return list(models.list_models(module=models))
+    return [*models.list_models(module=models), *detectors.names()]
 
 
 def _builder(name: str) -> Any:
