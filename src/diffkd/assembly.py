@@ -50,7 +50,7 @@ class Side:
 
     def forward(self, task: Task, batch: Batch) -> Any:
         """The model's answers for a loader's batch."""
-        return task.predict(self.model, task.prepare(batch, self.prepare))
+        return task.predict(self.model, task.prepare(task.frame(batch), self.prepare))
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Parts:
     def cost(self, side: Side) -> Cost:
         """What one model costs, measured on one test image."""
         device = next(side.model.parameters()).device
-        prepared = self.task.prepare(self.sample(1, device), side.prepare)
+        prepared = self.task.prepare(self.task.frame(self.sample(1, device)), side.prepare)
         return cost(side.model, lambda: self.task.predict(side.model, prepared))
 
 

@@ -5,6 +5,18 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
+class Frame(NamedTuple):
+    """Where a picture lies in the padded picture of a batch: at its top left.
+
+    Attributes:
+        size: `(H, W)` of the picture there.
+        origin: `(H, W)` that it had before it was resized.
+    """
+
+    size: tuple[int, int]
+    origin: tuple[int, int]
+
+
 class Batch(NamedTuple):
     """One batch, whatever the task.
 
@@ -18,6 +30,7 @@ class Batch(NamedTuple):
             memory; None where unknown.
         valid: `(B, H, W)` bool, False where there is nothing to learn from (padding, void pixels), of
             any size: it covers the whole picture; None where all is valid.
+        frames: where each picture lies in padded `images`; None where they are as they came.
 
     >>> import torch
     >>> Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])).images.shape[0]
@@ -28,6 +41,7 @@ class Batch(NamedTuple):
     targets: Any = None
     indices: Tensor | None = None
     valid: Tensor | None = None
+    frames: tuple[Frame, ...] | None = None
 
 
 def as_batch(value: Any) -> Batch:

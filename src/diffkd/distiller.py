@@ -60,8 +60,8 @@ class Roles(Protocol):
         """Runs a model as far as its taps go."""
         ...
 
-    def validity(self, batch: Batch) -> Tensor | None:
-        """Where a batch has something to learn from."""
+    def frame(self, batch: Batch) -> Batch:
+        """A loader's batch as both models see it, before each one's preparation."""
         ...
 
     def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
@@ -81,8 +81,8 @@ class _Plain:
     def train(self, student: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
         return self.teach(student, batch), {}
 
-    def validity(self, batch: Batch) -> Tensor | None:
-        return batch.valid
+    def frame(self, batch: Batch) -> Batch:
+        return batch
 
     def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
         return None
@@ -156,7 +156,7 @@ class Distiller(nn.Module):
         if teacher is None and builders:
             raise UserError(f"method '{next(iter(builders))}' needs a teacher")
         self.weights = {name: weight for name, (_, weight) in builders.items()}
-        self.pairs = self._tap(taps, [b for b, _ in builders.values()], as_batch(sample), logits)
+        self.pairs = self._tap(taps, [b for b, _ in builders.values()], self._framed(sample), logits)
         self.methods = nn.ModuleDict()
         for name, (build, _) in builders.items():
             assert teacher is not None
@@ -184,8 +184,10 @@ class Distiller(nn.Module):
         Args:
             batch: a Batch, images alone `(B, C, H, W)`, or a loader's `(images, targets)`.
         """
-        batch = self._masked(batch)
-        (output, supervised), student, teacher = self._run_both(batch)
+        batch = self._framed(batch)
+        teacher = self._taught(batch)
+        output, supervised = self._roles.train(self.student, self._roles.prepare(batch, self.student_input))
+        student = self._read(self._student_taps, "student") if self.pairs else {}
         losses = Losses(output, supervised)
         for name, method in self.methods.items():
             named: dict[str, Tensor] = method(student, teacher, batch)
@@ -195,28 +197,25 @@ class Distiller(nn.Module):
 
     def features(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The student's features `(B, C, *S)` and the teacher's by pair name, as methods get them."""
-        return self._run_both(self._masked(batch))[1:]
+        batch = self._framed(batch)
+        teacher = self._taught(batch)
+        if not self.pairs:
+            return {}, {}
+        self._roles.teach(self.student, self._roles.prepare(batch, self.student_input))
+        return self._read(self._student_taps, "student"), teacher
 
-    def _masked(self, batch: Any) -> Batch:
-        """The batch with its validity, brought to the picture's size by whoever knows it."""
-        found: Batch = as_batch(batch)
-        return Batch(found.images, found.targets, found.indices, self._roles.validity(found))
+    def _framed(self, batch: Any) -> Batch:
+        """The batch as both models see it."""
+        return self._roles.frame(as_batch(batch))
 
-    def _run_both(
-        self, batch: Batch
-    ) -> tuple[tuple[Any, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-        """The student's output and supervised losses, and both sides' features."""
-        teacher: dict[str, Tensor] = {}
-        if self.pairs:
-            with torch.no_grad():
-                self._run_teacher(batch)
-            teacher = self._read(self._teacher_taps, "teacher")
-        found = self._roles.train(self.student, self._roles.prepare(batch, self.student_input))
-        return found, self._read(self._student_taps, "student") if self.pairs else {}, teacher
-
-    def _run_teacher(self, batch: Batch) -> Any:
+    def _taught(self, batch: Batch) -> dict[str, Tensor]:
+        """The teacher's features of a framed batch by pair name."""
+        if not self.pairs:
+            return {}
         teacher, preprocess = self._frozen
-        return self._roles.teach(teacher, self._roles.prepare(batch, preprocess))
+        with torch.no_grad():
+            self._roles.teach(teacher, self._roles.prepare(batch, preprocess))
+        return self._read(self._teacher_taps, "teacher")
 
     def _read(self, taps: Taps, side: str) -> dict[str, Tensor]:
         """Features by pair name."""

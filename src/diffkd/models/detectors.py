@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import detection
@@ -26,7 +25,7 @@ STRIDES = (4, 8, 16, 32)  # of a backbone's maps that pyramids are built on: P2 
 
 
 def names() -> list[str]:
-    """torchvision's own, and the heads that any backbone takes (`retinanet:timm/resnet18`)."""
+    """Torchvision's own, and the heads that any backbone takes (`retinanet:timm/resnet18`)."""
     return [
         name
         for name in models.list_models(module=detection)
@@ -121,12 +120,9 @@ class Pyramid(nn.Module):
         UserError: no such backbone, or it gives no maps of strides that double.
     """
 
-    def __init__(
-        self, name: str, channels: int, levels: tuple[int, int], weights: str | None = None
-    ) -> None:
+    def __init__(self, name: str, channels: int, levels: tuple[int, int], weights: str | None = None) -> None:
         super().__init__()
-        self.body, strides = _body(name, levels[0], weights)
-        widths = self.body.feature_info.channels()
+        self.body, widths, strides = _body(name, levels[0], weights)
         extra = levels[1] - 5
         self.names = [f"p{level}" for level in range(levels[0], levels[0] + len(strides))]
         blocks = {1: _Coarser(channels, 1), 2: LastLevelP6P7(channels, channels)}.get(extra)
@@ -147,16 +143,16 @@ def _channels_first(x: Tensor, channels: int) -> Tensor:
     return x if x.shape[1] == channels else x.movedim(-1, 1)
 
 
-def _body(name: str, first: int, weights: str | None) -> tuple[nn.Module, list[int]]:
-    """The backbone, giving maps from level `first` to stride 32, and their strides."""
+def _body(name: str, first: int, weights: str | None) -> tuple[nn.Module, list[int], list[int]]:
+    """The backbone, giving maps from level `first` to stride 32, their widths and strides."""
     source, _, model = name.partition("/")
     if source != "timm":
         raise UserError(f"backbone '{name}': give one of timm's, such as 'timm/resnet18'")
     if not timm.is_model(model):
         raise UserError(f"unknown backbone '{name}'{nearest(model.partition('.')[0], timm.list_models())}")
     try:
-        whole = timm.create_model(model, features_only=True)
-        strides = whole.feature_info.reduction()
+        told: Any = timm.create_model(model, features_only=True).feature_info
+        widths, strides = told.channels(), told.reduction()
         wanted = [i for i, stride in enumerate(strides) if stride in STRIDES and stride >= 2**first]
         if [strides[i] for i in wanted] != [s for s in STRIDES if s >= 2**first]:
             raise ValueError(f"its maps have strides {strides}, and a pyramid needs {STRIDES[first - 2 :]}")
@@ -168,7 +164,7 @@ def _body(name: str, first: int, weights: str | None) -> tuple[nn.Module, list[i
         raise UserError(f"backbone '{name}' cannot serve a pyramid: {reason}") from error
     if weights not in (None, "pretrained"):
         _load_backbone(body, name, str(weights))
-    return body, [strides[i] for i in wanted]
+    return body, [widths[i] for i in wanted], [strides[i] for i in wanted]
 
 
 def _load_backbone(body: nn.Module, name: str, weights: str) -> None:
@@ -212,7 +208,9 @@ def _anchors(sides: list[float], scales: int) -> AnchorGenerator:
 def _retinanet(pyramid: Pyramid, classes: int, sides: list[float], options: Mapping[str, Any]) -> nn.Module:
     from torchvision.models.detection.retinanet import RetinaNet
 
-    return RetinaNet(pyramid, classes, anchor_generator=_anchors(sides, 3), **options)
+    return RetinaNet(  # type: ignore[no-any-return]
+        pyramid, classes, anchor_generator=_anchors(sides, 3), **options
+    )
 
 
 def _fcos(pyramid: Pyramid, classes: int, sides: list[float], options: Mapping[str, Any]) -> nn.Module:
@@ -223,7 +221,9 @@ def _fcos(pyramid: Pyramid, classes: int, sides: list[float], options: Mapping[s
     convs = {"num_convs": options["num_convs"]} if "num_convs" in options else {}
     head = FCOSHead(pyramid.out_channels, 1, classes, **convs)
     rest = {key: value for key, value in options.items() if key != "num_convs"}
-    return FCOS(pyramid, classes, anchor_generator=anchors, head=head, **rest)
+    return FCOS(  # type: ignore[no-any-return]
+        pyramid, classes, anchor_generator=anchors, head=head, **rest
+    )
 
 
 def _fasterrcnn(pyramid: Pyramid, classes: int, sides: list[float], options: Mapping[str, Any]) -> nn.Module:

@@ -11,6 +11,7 @@ from torchvision import models
 from diffkd.errors import UserError, nearest
 from diffkd.models import detectors
 from diffkd.models.base import Wants
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD
 
 # They give a tuple in training mode unless told otherwise.
 _PLAIN = {"aux_logits": False, "init_weights": True}

@@ -36,8 +36,17 @@ class Figures:
         Figures(scalars={'miou': 0.5}, arrays={'iou': [0.25, 0.75]})
         """
         single = {k: v for k, v in computed.items() if not (isinstance(v, Tensor) and v.dim())}
-        several = {k: v.tolist() for k, v in computed.items() if k not in single}
+        several = {k: _lists(v) for k, v in computed.items() if k not in single}
         return cls({k: float(v) for k, v in single.items()}, several)
+
+
+def _lists(values: Any) -> Any:
+    """Nested lists of a tensor, None where it says NaN: there is no such figure."""
+    if isinstance(values, Tensor):
+        return _lists(values.tolist())
+    if isinstance(values, list):
+        return [_lists(value) for value in values]
+    return None if values != values else values
 
 
 class Task(ABC):
@@ -72,6 +81,13 @@ class Task(ABC):
             preprocess: the model's own way with pictures `(B, C, H, W)` or a list of them.
         """
         return batch._replace(images=preprocess(batch.images))
+
+    def frame(self, batch: Batch) -> Batch:
+        """A loader's batch as both models see it before each one's own preparation, made once.
+
+        Here pictures of different sizes are padded, say. What `validity` says is in it.
+        """
+        return batch._replace(valid=self.validity(batch))
 
     def validity(self, batch: Batch) -> Tensor | None:
         """Where a loader's batch has something to learn from, `(B, H, W)` bool; None for everywhere."""
