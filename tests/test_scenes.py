@@ -48,7 +48,7 @@ def test_the_targets_of_each_kind():
     small = {"size": 32, "train_scenes": 8, "test_scenes": 4}
     first = torch.arange(4)
     targets = {
-        kind: build(kind=kind, **small).test.batch(first, torch.Generator()).targets
+        kind: build(kind=kind, **small).test.batch(first, seed=0).targets
         for kind in ("classification", "segmentation", "detection")
     }
     assert targets["classification"].shape == (4,)

@@ -1,10 +1,9 @@
 """What a data set is, and the loader that deals its samples out in a repeatable order."""
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
-from diffkd.maths.randomness import mix
+from diffkd.maths.randomness import generators_kept, mix, seed_sample
 from diffkd.names import is_path, load_object, load_submodule, options_of, submodules
 
 
@@ -27,13 +26,21 @@ class BatchedSplit(Protocol):
         """The same samples on a device."""
         ...
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        """The samples at `indices` (int64, on the CPU); all randomness is the generator's."""
+    def batch(self, indices: Tensor, seed: int) -> Batch:
+        """The samples at `indices` (int64, on the CPU).
+
+        What is random in a sample depends on `(seed, index)` alone, whatever else is in the batch:
+        `diffkd.maths.randomness.Draws` gives such numbers.
+        """
         ...
 
 
 class Samples(Protocol):
-    """A map-style data set: `samples[i]` is `(image, target)`, an image `(C, H, W)`."""
+    """A map-style data set: `samples[i]` is `(image, target)`, an image `(C, H, W)`.
+
+    What is random in it is drawn from PyTorch's, Python's and NumPy's own generators, which the loader
+    seeds for every sample. A sample that is None is left out of its batch.
+    """
 
     def __len__(self) -> int: ...
 
@@ -99,19 +106,25 @@ def names() -> list[str]:
 class Loader:
     """Deals a split out in batches. One seed gives one order, whatever the number of workers.
 
-    The order of an epoch and each sample's augmentation depend on `(seed, epoch)` alone, so that an
-    epoch can be entered again at any batch and go on as if it had never stopped.
+    Batch `k` of an epoch is the samples `k * batch_size` to `(k + 1) * batch_size` of the epoch's order,
+    divided among the processes: the same samples on any number of them. The order depends on
+    `(seed, epoch)`, a sample's augmentation on `(seed, epoch, index)` alone: it is the same for any
+    batch size, number of workers and number of processes, and an epoch can be entered again at any
+    batch. The process's own random generators are left as they were.
 
     Args:
         split: the samples.
-        batch_size: samples per batch and process.
-        shuffle: a new order each epoch, and the last incomplete batch dropped (training).
-        finish: what is done to every batch last, with a generator (on the CPU) of its own: mixup, say.
-        rank, world_size: this process's share: every `world_size`-th batch or sample.
+        batch_size: samples per batch, all processes together.
+        shuffle: a new order each epoch, and the last incomplete batch dropped (training). Else every
+            sample comes once, on one of the processes; a process without a share of the last batch
+            has one batch less.
+        finish: what is done to a process's part of every batch last, with a generator (on the CPU) that
+            depends on `(seed, epoch, batch)`: mixup, say.
+        rank, world_size: this process's share: every `world_size`-th sample of every batch.
         workers: loader processes of map-style data sets; batched splits need none.
 
     Raises:
-        UserError: the batch of all processes together is larger than the split to be shuffled.
+        UserError: a batch to be shuffled is larger than the split, or cannot be divided equally.
     """
 
     def __init__(
@@ -128,11 +141,8 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if shuffle and batch_size * world_size > len(split):
-            raise UserError(
-                f"data.batch_size={batch_size} x {world_size} process(es) is larger than the "
-                f"{len(split)} training samples; set data.batch_size to {len(split) // world_size} or less"
-            )
+        if shuffle:
+            _check_batch_size(batch_size, world_size, len(split))
         self.device = device or torch.device("cpu")
         self.split = split.to(self.device) if isinstance(split, BatchedSplit) else split
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
@@ -147,62 +157,88 @@ class Loader:
                 collate_fn=_Collate(collate),
                 persistent_workers=workers > 0,
                 pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # else each epoch would draw from the run's own
             )
 
     def __len__(self) -> int:
-        """Batches per epoch."""
-        share = len(self.split) // self.world_size if self.shuffle else len(self._share(0))
-        return share // self.batch_size if self.shuffle else -(-share // self.batch_size)
+        """Batches per epoch; of those of the last one, some processes may have no share."""
+        count = len(self.split)
+        return count // self.batch_size if self.shuffle else -(-count // self.batch_size)
 
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `number`, from batch `start` on, on the loader's device."""
+        """This process's part of the batches of epoch `number`, from batch `start` on, on the device."""
         for position, batch in enumerate(self._batches(number, start), start):
             if self.finish is not None:
-                seed = mix(self.seed, number, position, self.rank, 1)
+                seed = mix(self.seed, number, position, 0, 1)
                 batch = self.finish(batch, torch.Generator().manual_seed(seed))
             yield batch
 
     def _batches(self, number: int, start: int) -> Iterator[Batch]:
-        share = self._share(number)
-        cuts = range(start * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        chunks = [share[cut : cut + self.batch_size] for cut in cuts]
+        shares = self._shares(number, start)
         if isinstance(self.split, BatchedSplit):
-            for position, chunk in enumerate(chunks, start):
-                generator = torch.Generator(self.device)
-                generator.manual_seed(mix(self.seed, number, position, self.rank))
-                yield self.split.batch(chunk, generator)
+            seed = mix(self.seed, number)
+            yield from (self.split.batch(share, seed) for share in shares)
             return
         assert self._workers is not None
-        self._plan.chunks = [[(i, mix(self.seed, number, i)) for i in c.tolist()] for c in chunks]
+        self._plan.fill((_Share(self.seed, number, share.numpy()) for share in shares), len(self) - start)
         for batch in self._workers:
             if isinstance(batch, UserError):
                 raise UserError(str(batch))  # a new one: the frame must not hold what holds the frame
-            yield _to_device(batch, self.device)
+            if batch is not None:
+                yield _to_device(batch, self.device)
 
-    def _share(self, epoch: int) -> Tensor:
-        """This process's sample indices in the order of the epoch."""
+    def _shares(self, epoch: int, start: int) -> Iterator[Tensor]:
+        """This process's sample indices, batch by batch in the order of the epoch."""
         order = torch.arange(len(self.split))
         if self.shuffle:
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            order = order[torch.randperm(len(order), generator=generator)]
-            order = order[: len(order) // self.world_size * self.world_size]
-        return order[self.rank :: self.world_size]
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+        for batch in range(start, len(self)):
+            samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            if len(share := samples[self.rank :: self.world_size]):
+                yield share
+
+
+def _check_batch_size(batch_size: int, processes: int, count: int) -> None:
+    least = batch_size // processes * processes
+    if batch_size != least:
+        fitting = " or ".join(str(size) for size in (least, least + processes) if 0 < size <= count)
+        raise UserError(
+            f"data.batch_size={batch_size} cannot be divided among {processes} processes; "
+            + (f"{fitting} can" if fitting else "use fewer")
+        )
+    if batch_size > count:
+        most = count // processes * processes
+        raise UserError(
+            f"data.batch_size={batch_size} is larger than the {count} training samples; "
+            + (f"set it to {most} or less" if most else f"{processes} processes are too many for them")
+        )
+
+
+class _Share(NamedTuple):
+    """One process's part of a batch."""
+
+    seed: int
+    epoch: int
+    indices: np.ndarray
 
 
 class _Plan:
     """The batches of the epoch under way, read by the DataLoader as its batch sampler."""
 
     def __init__(self) -> None:
-        self.chunks: Sequence[list[tuple[int, int]]] = []
+        self.fill(iter(()), 0)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.chunks)
+    def fill(self, shares: Iterator[_Share], count: int) -> None:
+        self._shares, self._count = shares, count
+
+    def __iter__(self) -> Iterator[_Share]:
+        return self._shares
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return self._count
 
 
-class _Seeded(Dataset[tuple[Any, int]]):
+class _Seeded(Dataset[Any]):
     """Makes a sample's random augmentation depend on its own seed alone."""
 
     def __init__(self, samples: Samples) -> None:
@@ -211,31 +247,30 @@ class _Seeded(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
-        index, seed = key
-        python, numpy = random.getstate(), np.random.get_state()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                return self.samples[index], index
-        except UserError as error:
-            # as a value: raised in a loader process, it would come with a traceback for a message
-            return error, index
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    def __getitems__(self, share: _Share) -> list[tuple[Any, int]] | UserError:
+        """Samples and their indices; a whole batch at once, for generators are saved once a batch."""
+        rows = []
+        with generators_kept():
+            for index in share.indices.tolist():
+                seed_sample(mix(share.seed, share.epoch, index))
+                try:
+                    rows.append((self.samples[index], index))
+                except UserError as error:
+                    # as a value: raised in a loader process, it would come with a traceback for a message
+                    return error
+        return rows
 
 
 class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Batch] | None) -> None:
         self.collate = collate or default_collate
 
-    def __call__(self, rows: list[tuple[Any, int]]) -> Batch | UserError:
-        for sample, _ in rows:
-            if isinstance(sample, UserError):
-                return sample
+    def __call__(self, rows: list[tuple[Any, int]] | UserError) -> Batch | UserError | None:
+        if isinstance(rows, UserError):
+            return rows
+        rows = [row for row in rows if row[0] is not None]
+        if not rows:
+            return None
         batch = as_batch(self.collate([sample for sample, _ in rows]))
         return batch._replace(indices=torch.tensor([index for _, index in rows]))
 

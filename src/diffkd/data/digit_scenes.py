@@ -58,7 +58,7 @@ def build(
         UserError: a root was given, or an option is out of its range.
 
     >>> data = build(kind="segmentation", size=32, train_scenes=3, test_scenes=2)
-    >>> data.num_classes, data.train.batch(torch.tensor([0, 2]), torch.Generator()).targets.shape
+    >>> data.num_classes, data.train.batch(torch.tensor([0, 2]), seed=0).targets.shape
     (11, torch.Size([2, 32, 32]))
     """
     if root is not None:
@@ -118,9 +118,9 @@ class BoxScenes(ArraySplit):
         super().__init__(scenes.images, None)
         self.boxes, self.labels = scenes.boxes, scenes.labels
 
-    def batch(self, indices: Tensor, *random: Any) -> Batch:
+    def batch(self, indices: Tensor, seed: int) -> Batch:
         """The scenes at `indices` `(B,)`."""
-        found = super().batch(indices, *random)
+        found = super().batch(indices, seed)
         targets = []
         for boxes, labels in zip(self.boxes[indices], self.labels[indices], strict=True):
             there = labels >= 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
+from diffkd.maths.randomness import Draws
 
 
 class ArraySplit:
@@ -27,7 +28,7 @@ class ArraySplit:
         fill: colour of the cut-out square per channel, on the scale 0 to 1; black if not given.
 
     >>> split = ArraySplit(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.arange(5), crop_padding=1)
-    >>> batch = split.batch(torch.tensor([4, 2]), torch.Generator())
+    >>> batch = split.batch(torch.tensor([4, 2]), seed=0)
     >>> tuple(batch.images.shape), batch.targets.tolist()
     ((2, 1, 8, 8), [4, 2])
     """
@@ -60,24 +61,24 @@ class ArraySplit:
         moved.targets = None if self.targets is None else self.targets.to(device)
         return moved
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        """The samples at `indices` `(B,)`, augmented with the generator's random numbers."""
+    def batch(self, indices: Tensor, seed: int) -> Batch:
+        """The samples at `indices` `(B,)`; how each is augmented depends on `(seed, index)` alone."""
         indices = indices.to(self.images.device, non_blocking=True)
-        images = self._gather(indices, generator) if self.crop_padding or self.flip else self.images[indices]
+        draws = Draws(seed, indices)
+        images = self._gather(indices, draws) if self.crop_padding or self.flip else self.images[indices]
         if self.cutout:
-            images = cut_out(images, self.cutout, self.fill, generator)
+            images = cut_out(images, self.cutout, self.fill, draws)
         targets = None if self.targets is None else self.targets[indices]
         return Batch(images, targets, indices)
 
-    def _gather(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+    def _gather(self, indices: Tensor, draws: Draws) -> Tensor:
         """Randomly cropped and flipped pictures `(B, C, H, W)`, read from the padded ones at once."""
         (height, width), device, count = self.size, self.images.device, len(indices)
-        high = 2 * self.crop_padding + 1
-        top, left = torch.randint(high, (2, count, 1), generator=generator, device=device)
+        top, left = (draws.integers(2 * self.crop_padding + 1)[:, None] for _ in range(2))
         rows = top + torch.arange(height, device=device)
         columns = torch.arange(width, device=device).expand(count, width)
         if self.flip:
-            mirrored = torch.rand(count, 1, generator=generator, device=device) < 0.5
+            mirrored = draws.uniform()[:, None] < 0.5
             columns = torch.where(mirrored, width - 1 - columns, columns)
         columns = columns + left
         channels = torch.arange(self.images.shape[1], device=device).view(-1, 1, 1)
@@ -85,21 +86,21 @@ class ArraySplit:
         return self.images[indices.view(-1, 1, 1, 1), channels, rows, columns]
 
 
-def cut_out(images: Tensor, side: int, fill: Tensor, generator: torch.Generator) -> Tensor:
+def cut_out(images: Tensor, side: int, fill: Tensor, draws: Draws) -> Tensor:
     """Pictures `(B, C, H, W)` with a square of `side` pixels each set to `fill`, broadcast to them.
 
     The square's centre is anywhere in the picture, so that it may reach over the border.
     """
-    rows = _near_random_centre(images, 2, side, generator)
-    columns = _near_random_centre(images, 3, side, generator)
+    rows = _near_random_centre(images, 2, side, draws)
+    columns = _near_random_centre(images, 3, side, draws)
     return torch.where(rows[:, None, :, None] & columns[:, None, None, :], fill, images)
 
 
-def _near_random_centre(images: Tensor, axis: int, side: int, generator: torch.Generator) -> Tensor:
+def _near_random_centre(images: Tensor, axis: int, side: int, draws: Draws) -> Tensor:
     """`(B, length of the axis)`: which places lie within `side` places around a random one."""
-    length, device = images.shape[axis], images.device
-    centre = torch.randint(length, (len(images), 1), generator=generator, device=device)
-    places = torch.arange(length, device=device) - centre + side // 2
+    length = images.shape[axis]
+    centre = draws.integers(length)[:, None]
+    places = torch.arange(length, device=images.device) - centre + side // 2
     return (places >= 0) & (places < side)
 
 

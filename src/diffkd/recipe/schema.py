@@ -50,7 +50,9 @@ class DataRecipe(OpenSection):
     """The data set and how it is dealt out.
 
     Attributes:
-        mixup, cutmix: parameters of their Beta distributions; 0 leaves them out.
+        batch_size, eval_batch_size: pictures of a batch, on all devices together.
+        mixup, cutmix: parameters of their Beta distributions; 0 leaves them out. The share and the kind
+            are drawn for a batch; each device mixes its own part of it.
     """
 
     name: str

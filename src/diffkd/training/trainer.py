@@ -245,7 +245,7 @@ class Trainer:
             self.reporter.record(shown)
 
     def _images(self, place: Place) -> int:
-        return place.batch * self.train_loader.batch_size * self.fabric.world_size
+        return place.batch * self.train_loader.batch_size
 
     def _validate(self) -> Figures:
         if self.fabric.world_size > 1:
