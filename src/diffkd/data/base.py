@@ -150,9 +150,10 @@ class Loader:
         self._plan = _Plan()
         self._workers: DataLoader[Any] | None = None
         if not isinstance(self.split, BatchedSplit):
+            plan: Any = self._plan  # of more than lists of indices
             self._workers = DataLoader(
                 _Seeded(self.split),
-                batch_sampler=self._plan,
+                batch_sampler=plan,
                 num_workers=workers,
                 collate_fn=_Collate(collate),
                 persistent_workers=workers > 0,
