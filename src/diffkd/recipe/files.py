@@ -140,9 +140,15 @@ _GENERIC = {
     "task": {"weight"},
     "data": {"batch_size", "eval_batch_size", "workers"},
     "optimizer": {"lr", "weight_decay"},
-    "schedule": {"warmup_epochs"},
+    "schedule": {"warmup_epochs", "warmup_steps"},
     "teacher": {"train", "weights"},
     "student": {"weights"},
+}
+# Of these keys one stands: the upper layer's takes the other's place.
+_EITHER = {
+    "trainer": (("epochs", "steps"), ("eval_every", "eval_epochs")),
+    "train": (("epochs", "steps"),),
+    "schedule": (("warmup_epochs", "warmup_steps"),),
 }
 
 
@@ -190,7 +196,10 @@ def _merge(old: dict[str, Any], new: dict[str, Any], replace: Sequence[str] = ()
 
 
 def _survivors(section: str, before: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
-    """What stays of a section when its name or model changes."""
+    """What stays of a section under a layer that says another length, name or model."""
+    for pair in _EITHER.get(section, ()):
+        said = [key for key in pair if value.get(key) is not None]
+        before = {key: v for key, v in before.items() if key not in pair or not said or key in said}
     name = _NAMED.get(section)
     if name is None or name not in value or value[name] == before.get(name):
         return before

@@ -6,26 +6,17 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import ConfigDict, Field, ValidationError, create_model, model_validator
 
 from diffkd.errors import UserError, nearest
 from diffkd.names import is_path, source_of
+from diffkd.recipe.base import Count, NotNegative, Positive, Section
 from diffkd.recipe.errors import first_error
 from diffkd.recipe.files import read_layers
-
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and strict about keys and types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from diffkd.recipe.training import CosineSchedule, OptimizerRecipe, ScheduleRecipe, Sgd, TrainerRecipe
 
 
 class OpenSection(Section):
@@ -76,7 +67,7 @@ class ModelRecipe(Section):
 
     model: str
     weights: str | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[Positive] | None = None
     size: Count | None = None
@@ -88,126 +79,21 @@ class MethodRecipe(OpenSection):
     weight: NotNegative = 1.0
 
 
-class Optimizer(Section):
-    """What all optimizers share."""
-
-    lr: Positive
-    weight_decay: NotNegative = 0.0
-
-
-class Sgd(Optimizer):
-    """Stochastic gradient descent with momentum."""
-
-    name: Literal["sgd"] = "sgd"
-    lr: Positive = 0.05
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-
-
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: Positive = 1e-3
-    weight_decay: NotNegative = 0.01
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-
-
-class RmspropTf(Optimizer):
-    """RMSProp as TensorFlow has it: epsilon within the root, as the mobile networks are trained."""
-
-    name: Literal["rmsproptf"] = "rmsproptf"
-    lr: Positive = 0.048
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    eps: Positive = 1e-3
-
-
-class Schedule(Section):
-    """What all schedules share; `warmup_epochs` rise linearly from zero."""
-
-    warmup_epochs: NotNegative = 0.0
-
-
-class ConstantSchedule(Schedule):
-    """The same learning rate throughout."""
-
-    name: Literal["constant"] = "constant"
-
-
-class StepSchedule(Schedule):
-    """Multiplies the learning rate by `factor` at each milestone, or every so many epochs.
-
-    Raises:
-        ValueError: both or neither of `milestones` and `every` are given.
-    """
-
-    name: Literal["step"] = "step"
-    milestones: list[Count] = []
-    every: Positive | None = None
-    factor: Positive = 0.1
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "StepSchedule":
-        if bool(self.milestones) == (self.every is not None):
-            raise ValueError("needs either milestones (a list of epochs) or every (epochs)")
-        return self
-
-
-class CosineSchedule(Schedule):
-    """Half a cosine from 1 down to `final_factor`."""
-
-    name: Literal["cosine"] = "cosine"
-    final_factor: Share = 0.0
-
-
-class PolySchedule(Schedule):
-    """`(1 - t) ** power` over the run."""
-
-    name: Literal["poly"] = "poly"
-    power: Positive = 0.9
-
-
-OptimizerRecipe = Sgd | AdamW | RmspropTf
-ScheduleRecipe = ConstantSchedule | StepSchedule | CosineSchedule | PolySchedule
-
-
-class TrainerRecipe(Section):
-    """The loop.
-
-    Attributes:
-        ema: decay of the averaged student, which is then what is evaluated and shipped.
-        save_every: optimizer steps between checkpoints within an epoch; one is always written at its end.
-        threads: CPU threads; small models are faster with 1, and the same number gives the same bits.
-        max_steps: stops after so many optimizer steps, for a trial; a teacher that is made, too.
-    """
-
-    epochs: Count = 60
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
-    devices: Literal["auto"] | Count = "auto"
-    num_nodes: Count = 1
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    clip_grad_norm: Positive | None = None
-    accumulate: Count = 1
-    channels_last: bool = False
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    compile: bool = False
-    log_every: Count = 10
-    save_every: Count | None = None
-    max_steps: Count | None = None
-    threads: Count | None = None
-    progress: bool = True
-
-
 class TeacherTraining(Section):
     """How a teacher is made, from its weights if it has some; what is not said is as in the student's run."""
 
     epochs: Count | None = None
+    steps: Count | None = None
     batch_size: Count | None = None
     optimizer: OptimizerRecipe | None = Field(default=None, discriminator="name")
     schedule: ScheduleRecipe | None = Field(default=None, discriminator="name")
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TeacherTraining":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("needs either epochs or steps")
+        return self
 
 
 class TeacherRecipe(ModelRecipe):
@@ -224,7 +110,7 @@ class Recipe(Section):
     data: DataRecipe
     teacher: TeacherRecipe | None = None
     student: ModelRecipe
-    method: dict[str, MethodRecipe] = {}
+    method: dict[str, MethodRecipe] = Field(default_factory=dict)
     taps: dict[str, str] | None = None
     optimizer: OptimizerRecipe = Field(Sgd(), discriminator="name")
     schedule: ScheduleRecipe = Field(CosineSchedule(), discriminator="name")
@@ -245,7 +131,8 @@ class Recipe(Section):
         assert self.teacher is not None
         train = self.teacher.train or TeacherTraining()
         model = ModelRecipe(**self.teacher.model_dump(exclude={"train"}))
-        trainer = {"epochs": train.epochs or self.trainer.epochs, "ema": None}
+        told = train if train.epochs or train.steps else self.trainer
+        trainer = {"epochs": told.epochs, "steps": told.steps, "ema": None}
         data = {"batch_size": train.batch_size or self.data.batch_size}
         return self.model_copy(
             update={

@@ -56,6 +56,8 @@ def compare_runs(title: str, runs: Sequence[FinishedRun], notes: Sequence[str] =
         "date": date.today().isoformat(),
         "machine": first["machine"],
         "epochs": first["epochs"],
+        "steps": first.get("steps"),
+        "axis": first.get("axis", "epoch"),
         "seeds": sorted({run.seed for run in runs}),
         "teacher": None if teacher is None else {**teacher, "score": teacher[first["metric"]]},
         "student": first["student"],
@@ -69,9 +71,8 @@ def _method(
 ) -> dict[str, Any]:
     first = runs[0].summary
     metric, watched = first["metric"], first["figures"]
-    losses = [
-        k for k in runs[0].history[0] if k.split(".")[0] in ("task", *first["methods"]) and k not in watched
-    ]
+    columns = dict.fromkeys(key for row in runs[0].history for key in row)
+    losses = [k for k in columns if k.split(".")[0] in ("task", *first["methods"]) and k not in watched]
     return {
         "name": name,
         "seeds": [run.seed for run in runs],
@@ -109,11 +110,15 @@ def _difference(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun]) -> d
 
 
 def _curve(runs: Sequence[FinishedRun], key: str, band: bool = False) -> dict[str, list[float]]:
-    """Mean over the runs at each epoch that all have; the band is one standard deviation each way."""
-    columns = [{row["epoch"]: row[key] for row in run.history if key in row} for run in runs]
-    epochs = sorted(set.intersection(*(set(column) for column in columns)))
-    at = [[column[epoch] for column in columns] for epoch in epochs]
-    curve = {"epoch": epochs, "mean": [mean(values) for values in at]}
+    """Mean over the runs at each place that all have; the band is one standard deviation each way.
+
+    Places are steps where the runs count in them, else epochs.
+    """
+    axis = runs[0].summary.get("axis", "epoch")
+    columns = [{row[axis]: row[key] for row in run.history if key in row} for run in runs]
+    places = sorted(set.intersection(*(set(column) for column in columns)))
+    at = [[column[place] for column in columns] for place in places]
+    curve = {axis: places, "mean": [mean(values) for values in at]}
     if band:
         spread = [stdev(values) if len(values) > 1 else 0.0 for values in at]
         for side, sign in (("low", -1), ("high", 1)):
@@ -202,9 +207,13 @@ def caption(comparison: Mapping[str, Any]) -> str:
     teacher, student = comparison["teacher"], comparison["student"]
     taught = f"{teacher['model']} ({percent(teacher['score'])}) -> " if teacher else ""
     seeds = len(comparison["seeds"])
-    return (
-        f"{comparison['title']}: {taught}{student['model']}, {comparison['epochs']} epochs, {seeds} seed(s)"
-    )
+    return f"{comparison['title']}: {taught}{student['model']}, {_length(comparison)}, {seeds} seed(s)"
+
+
+def _length(comparison: Mapping[str, Any]) -> str:
+    if comparison.get("axis", "epoch") == "step":
+        return f"{comparison['steps']:,} steps"
+    return f"{comparison['epochs']} epochs"
 
 
 def _plus_minus(spread: Mapping[str, Any]) -> str:

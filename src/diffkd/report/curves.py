@@ -16,26 +16,26 @@ COLOURS = ("#4053d3", "#e0722a", "#1f9d8a", "#b51d5f", "#8a63d2", "#7f7f00", "#0
 
 
 def draw_curves(history: History, summary: dict[str, Any], place: Path) -> None:
-    """Quality, losses and learning rate over the epochs, to a PNG."""
+    """Quality, losses and learning rate over the epochs, or over the steps of a run that counts in them."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     quality, losses, rate = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in history]
-    _draw_quality(quality, epochs, history, summary)
-    _draw_losses(losses, epochs, history, summary)
-    rate.plot(epochs, [row["lr"] for row in history], color=COLOURS[2])
+    axis = summary.get("axis", "epoch")
+    places = [row[axis] for row in history]
+    _draw_quality(quality, places, history, summary)
+    _draw_losses(losses, places, history, summary)
+    rate.plot(places, [row["lr"] for row in history], color=COLOURS[2])
     rate.set_title("learning rate", loc="left")
     for axes in (quality, losses, rate):
-        _plain(axes)
+        _plain(axes, axis)
     write_atomically(place, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 
-def _draw_quality(axes: Axes, epochs: Sequence[float], history: History, summary: dict[str, Any]) -> None:
+def _draw_quality(axes: Axes, places: Sequence[float], history: History, summary: dict[str, Any]) -> None:
     metric, best = summary["metric"], summary["best"]
-    axes.plot(epochs, [100 * row[metric] for row in history], color=COLOURS[0], label="student")
-    axes.plot(
-        best["epoch"], 100 * best[metric], "o", color=COLOURS[0], label=f"best {100 * best[metric]:.2f} %"
-    )
+    axes.plot(places, [100 * row[metric] for row in history], color=COLOURS[0], label="student")
+    at = best[summary.get("axis", "epoch")]
+    axes.plot(at, 100 * best[metric], "o", color=COLOURS[0], label=f"best {100 * best[metric]:.2f} %")
     if summary["teacher"] is not None:
         score = 100 * summary["teacher"][metric]
         axes.axhline(score, color=INK, linestyle=":", label=f"teacher {score:.2f} %")
@@ -43,17 +43,18 @@ def _draw_quality(axes: Axes, epochs: Sequence[float], history: History, summary
     axes.legend(frameon=False, loc="lower right")
 
 
-def _draw_losses(axes: Axes, epochs: Sequence[float], history: History, summary: dict[str, Any]) -> None:
-    named = [key for key in history[0] if key.split(".")[0] in ("task", *summary["methods"])]
+def _draw_losses(axes: Axes, places: Sequence[float], history: History, summary: dict[str, Any]) -> None:
+    columns = dict.fromkeys(key for row in history for key in row)
+    named = [key for key in columns if key.split(".")[0] in ("task", *summary["methods"])]
     for colour, name in zip(COLOURS * 4, [n for n in named if not n.endswith(".gamma")], strict=False):
-        axes.plot(epochs, [row.get(name, float("nan")) for row in history], color=colour, label=name)
+        axes.plot(places, [row.get(name, float("nan")) for row in history], color=colour, label=name)
     axes.set_yscale("log")
     axes.set_title("training losses", loc="left")
     axes.legend(frameon=False, fontsize=7)
 
 
-def _plain(axes: Axes) -> None:
-    axes.set_xlabel("epoch")
+def _plain(axes: Axes, axis: str) -> None:
+    axes.set_xlabel(axis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color=FAINT, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -102,12 +102,13 @@ def _score(method: dict[str, Any]) -> str:
 
 def _facts(comparison: dict[str, Any]) -> Iterator[str]:
     """How much was compared: methods, seeds, epochs."""
+    axis = comparison.get("axis") or "epoch"
     counts = [len(comparison.get(key) or []) for key in ("methods", "seeds")] + [
-        comparison.get("epochs") or 0
+        comparison.get(f"{axis}s") or 0
     ]
-    for count, what in zip(counts, ("method", "seed", "epoch"), strict=True):
+    for count, what in zip(counts, ("method", "seed", axis), strict=True):
         if count:
-            yield f"{count} {what}{'' if count == 1 else 's'}"
+            yield f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _made(comparison: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -39,7 +39,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     student, teacher, metric = summary["student"], summary["teacher"], summary["metric"]
     if teacher is not None:
         table.add_row("teacher", teacher["model"], percent(teacher[metric]), "", *_costs(teacher))
-    best = f"{percent(summary['best'][metric])} (epoch {summary['best']['epoch']})"
+    axis = summary.get("axis", "epoch")
+    best = f"{percent(summary['best'][metric])} ({axis} {summary['best'][axis]})"
     table.add_row("student", student["model"], percent(summary["last"][metric]), best, *_costs(student))
     return table
 

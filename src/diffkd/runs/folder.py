@@ -27,7 +27,7 @@ class RunFolder:
     ```
     recipe.yaml      the resolved recipe: all that is needed to run it again
     data.txt         a fingerprint of the data, so that the run is not continued on other data
-    metrics.csv      one row per epoch
+    metrics.csv      one row per evaluation
     summary.json     figures of the finished run
     log.txt          what the run said
     events.out.*     TensorBoard
@@ -83,8 +83,19 @@ class RunFolder:
         with (self.path / "log.txt").open("a") as log:
             log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
+    def append_history(self, history: History) -> None:
+        """The newest row at the end of metrics.csv; the file anew where its columns are others."""
+        place, row = self.path / "metrics.csv", history[-1]
+        with saying_where(place):
+            header = place.open().readline() if len(history) > 1 and place.is_file() else ""
+            if header != ",".join(row) + "\n":
+                self.write_history(history)
+                return
+            with place.open("a") as file:
+                file.write(",".join(map(str, row.values())) + "\n")
+
     def write_history(self, history: History) -> None:
-        """metrics.csv anew, of all epochs so far; a column that an epoch lacks stays empty."""
+        """metrics.csv anew, of all rows so far; a column that a row lacks stays empty."""
         columns = list(dict.fromkeys(key for row in history for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")

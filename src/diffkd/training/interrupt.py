@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C as a wish that a loop fulfils when its state is whole."""
+"""Signals as a wish that a loop fulfils when its state is whole."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -18,14 +19,24 @@ class InterruptedRunError(Exception):
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a wish that the loop fulfils at the end of its step."""
+    """Turns a request to stop into a wish that the loop fulfils at the end of its step.
+
+    SIGTERM, Ctrl-C, SIGUSR1 (sent by job managers before the end of their time) and SIGHUP (a closed
+    terminal) ask alike. An ignored SIGHUP (`nohup`) stays ignored; outside the main thread, where
+    Python handles no signals, none is taken.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                continue
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -1,7 +1,8 @@
 """Where a run is, and sums of its losses that do not make the host wait."""
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ AllReduce = Callable[[Tensor, str], Tensor]
 
 @dataclass
 class Place:
-    """Where a run is. Saved with every checkpoint.
+    """Where a run is. Saved with every checkpoint; means the same on any number of processes.
 
     Attributes:
-        epoch, batch: the next batch to run; step: optimizer steps done.
-        history: one row per finished epoch.
-        sums: sums over the epoch under way, so that an epoch entered again reports all of itself.
+        epoch, batch: the next batch to run, of all processes together; step: optimizer steps done.
+        seconds: of training since the last row of history.
+        history: one row per evaluation.
+        sums: sums over the batches since the last row, so that a run that goes on reports all of them.
         scalars: names of the last evaluation's single figures; arrays: its figures of several numbers.
     """
 
@@ -31,6 +33,38 @@ class Place:
     sums: dict[str, float] = field(default_factory=dict)
     scalars: list[str] = field(default_factory=list)
     arrays: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._lines = [json.dumps(row) for row in self.history]
+
+    def advance(self, batches: int, updated: bool) -> None:
+        """Counts one batch; after `batches` of them the next epoch begins."""
+        self.batch += 1
+        self.step += updated
+        if self.batch >= batches:
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def add_row(self, row: dict[str, float]) -> None:
+        """Appends a row of history, from which on sums count anew."""
+        self.history.append(row)
+        self._lines.append(json.dumps(row))
+        self.sums, self.seconds = {}, 0.0
+
+    def state(self) -> dict[str, Any]:
+        """As plain values. The history is one text: copied row by row it would cost more at every save."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "history": "\n".join(self._lines)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], batches: int) -> "Place":
+        """The place of a `state`; an epoch of `batches` batches that it ended in is left."""
+        values = dict(state)
+        if isinstance(values["history"], str):
+            values["history"] = [json.loads(line) for line in values["history"].splitlines()]
+        place = cls(**values)
+        if place.batch >= batches:
+            place.epoch, place.batch = place.epoch + 1, 0
+        return place
 
 
 class Meter:
@@ -50,7 +84,8 @@ class Meter:
         if self._total is None or self._bad is None:
             self.names = list(values)
             start = [self._before.get(name, 0.0) for name in self.names]
-            self._total = torch.tensor(start, device=now.device, dtype=torch.float64)
+            exact = torch.float32 if now.device.type == "mps" else torch.float64  # Apple GPUs lack float64
+            self._total = torch.tensor(start, device=now.device, dtype=exact)
             self._bad = torch.full_like(now, -1)
             self._count = int(self._before.get("_count", 0))
         self._total += now
@@ -62,14 +97,20 @@ class Meter:
         """The values of the last batch."""
         return dict(zip(self.names, self._last.tolist(), strict=True)) if self._last is not None else {}
 
-    def sums(self) -> dict[str, float]:
-        """What is needed to go on counting."""
+    @property
+    def count(self) -> int:
+        """Batches counted in."""
+        return self._count if self._total is not None else int(self._before.get("_count", 0))
+
+    def sums(self, all_reduce: AllReduce) -> dict[str, float]:
+        """What any number of processes needs to go on counting: the mean of their sums."""
         if self._total is None:
             return dict(self._before)
-        return dict(zip(self.names, self._total.tolist(), strict=True)) | {"_count": float(self._count)}
+        mean = all_reduce(self._total, "mean").tolist()
+        return dict(zip(self.names, mean, strict=True)) | {"_count": float(self._count)}
 
     def means(self, all_reduce: AllReduce) -> dict[str, float]:
-        """Means over the epoch, and over the processes."""
+        """Means over the batches, and over the processes."""
         if self._total is None:
             return {}
         mean = all_reduce(self._total / max(self._count, 1), "mean")

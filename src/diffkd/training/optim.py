@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from diffkd.recipe.schema import OptimizerRecipe, ScheduleRecipe
+from diffkd.recipe.training import OptimizerRecipe, ScheduleRecipe
+from diffkd.training.length import Length
 
 
 def build_optimizer(recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -29,26 +30,26 @@ def build_optimizer(recipe: OptimizerRecipe, parameters: Iterable[nn.Parameter])
     )
 
 
-def lr_factor(schedule: ScheduleRecipe, epoch: float, epochs: int) -> float:
-    """What the base learning rate is multiplied by.
+def lr_factor(schedule: ScheduleRecipe, step: int, length: Length) -> float:
+    """What the base learning rate is multiplied by after `step` optimizer steps of a run.
 
-    Args:
-        schedule: the recipe's schedule.
-        epoch: the place in the run, in epochs, with a fraction within an epoch.
-        epochs: length of the whole run.
-
-    >>> from diffkd.recipe.schema import StepSchedule
+    >>> from diffkd.recipe.training import StepSchedule, TrainerRecipe
+    >>> length = Length.of(TrainerRecipe(epochs=4), per_epoch=10)
     >>> step = StepSchedule(milestones=[2, 3], factor=0.1, warmup_epochs=1)
-    >>> [round(lr_factor(step, e, 4), 3) for e in (0.5, 1.9, 2.0, 3.5)]
+    >>> [round(lr_factor(step, s, length), 3) for s in (5, 19, 20, 35)]
     [0.5, 1.0, 0.1, 0.01]
     """
-    if epoch < schedule.warmup_epochs:
-        return epoch / schedule.warmup_epochs
+    epoch, epochs = length.epochs(step), length.epochs(length.total)
+    warmup = schedule.warmup_epochs
+    if schedule.warmup_steps is not None:
+        warmup = length.epochs(schedule.warmup_steps)
+    if epoch < warmup:
+        return epoch / warmup
     # Milestones count from the start of the run, smooth curves from the end of the warm-up.
-    part = (epoch - schedule.warmup_epochs) / max(epochs - schedule.warmup_epochs, 1e-9)
-    part = min(part, 1.0)
+    part = min((epoch - warmup) / max(epochs - warmup, 1e-9), 1.0)
     if schedule.name == "step":
-        passed = epoch // schedule.every if schedule.every else sum(epoch >= m for m in schedule.milestones)
+        at = {"epochs": epoch, "steps": step, "share": length.progress(step)}[schedule.unit]
+        passed = at // schedule.every if schedule.every else sum(at >= m for m in schedule.milestones)
         return float(schedule.factor**passed)
     if schedule.name == "cosine":
         return schedule.final_factor + (1 - schedule.final_factor) * 0.5 * (1 + math.cos(math.pi * part))

@@ -1,7 +1,6 @@
 """The loop: step, validate, save, resume."""
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,8 +9,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffkd.assembly import Side, assemble, check_outputs, describe_student, evaluate
 from diffkd.batch import Batch
@@ -23,8 +20,11 @@ from diffkd.runs.console import Reporter
 from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
 from diffkd.runs.places import check_data, check_folder
 from diffkd.tasks.base import Figures
+from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state
 from diffkd.training.devices import on_first
+from diffkd.training.ema import Ema
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
+from diffkd.training.length import Length
 from diffkd.training.meter import Meter, Place
 from diffkd.training.optim import build_optimizer, lr_factor, set_lr
 
@@ -53,10 +53,8 @@ class Trainer:
         check_outputs(parts, sample)
         self.ema = None
         if recipe.trainer.ema is not None:
-            average = get_ema_multi_avg_fn(recipe.trainer.ema)  # type: ignore[no-untyped-call]
-            self.ema = AveragedModel(parts.student.model, multi_avg_fn=average, use_buffers=True).to(
-                fabric.device
-            )
+            self.ema = Ema(parts.student.model, recipe.trainer.ema)
+            self.ema.model.to(fabric.device)
         self.distiller, self.warnings = parts.distiller(sample)
         self._set_up()
 
@@ -69,12 +67,14 @@ class Trainer:
         }
         self.train_loader = parts.loader(parts.data.train, shuffle=True, **where)
         self.test_loader = parts.loader(parts.data.test, shuffle=False, **where)
-        self.steps_per_epoch = len(self.train_loader) // recipe.trainer.accumulate
-        if self.steps_per_epoch == 0:
+        steps = len(self.train_loader) // recipe.trainer.accumulate
+        if steps == 0:
             raise UserError(
                 f"trainer.accumulate={recipe.trainer.accumulate} is more than the "
                 f"{len(self.train_loader)} batches of an epoch"
             )
+        self.length = Length.of(recipe.trainer, steps)
+        self.batches_per_epoch = steps * recipe.trainer.accumulate
         step = parts.step(self.distiller)
         if recipe.trainer.channels_last:
             step.to(memory_format=torch.channels_last)
@@ -86,12 +86,14 @@ class Trainer:
             parts.teacher.to(fabric.device)
         self.plain = step
         self.step, self.optimizer = fabric.setup(step, build_optimizer(recipe.optimizer, step.parameters()))
+        # What a model holds on purpose (a mask of minus infinities, say) says nothing of training.
+        self._never_finite = set(not_finite(lasting(step)))
 
     @property
     def shipped(self) -> Side:
         """The student that is evaluated and shipped: the averaged one where there is EMA."""
         student = self.parts.student
-        return student if self.ema is None else Side(student.name, self.ema.module, student.prepare)
+        return student if self.ema is None else Side(student.name, self.ema.model, student.prepare)
 
     # --- the run ---------------------------------------------------------------------------------
 
@@ -105,18 +107,13 @@ class Trainer:
         reset_peak_memory(self.fabric.device)
         teacher = self._judge_teacher()
         place = self._begin()
-        with StopRequest() as stop, self.reporter.bar(self._total_steps, place.step) as bar:
-            while place.epoch < self.recipe.trainer.epochs and place.step < self._total_steps:
+        self.meter, self.since = Meter(place.sums), time.perf_counter()
+        with StopRequest() as stop, self.reporter.bar(self.length.last, place.step) as bar:
+            while place.step < self.length.last:
                 self._train_epoch(place, bar, stop)
-                self._end_epoch(place)
         self._finish(place, teacher)
         self.fabric.barrier()  # nobody reads the student before it is written
         return self.folder
-
-    @property
-    def _total_steps(self) -> int:
-        whole = self.steps_per_epoch * self.recipe.trainer.epochs
-        return min(whole, self.recipe.trainer.max_steps or whole)
 
     def _begin(self) -> Place:
         """Makes the folder, or finds the place where the run stopped."""
@@ -137,6 +134,8 @@ class Trainer:
         if found is not None:
             place = self._load(found)
             self.reporter.note(f"resumed at epoch {place.epoch + 1}, step {place.step} from {found.name}")
+            if self.fabric.is_global_zero:  # rows that a killed run did not come to write
+                self.folder.write_history(place.history)
         self.logger = TensorBoardLogger(self.folder.path, name="", version="")
         return place
 
@@ -154,39 +153,44 @@ class Trainer:
             )
         return figures
 
-    def _train_epoch(self, place: Place, bar: Any, stop: "StopRequest") -> None:
-        """All steps of one epoch, from the place on."""
-        trainer, meter = self.recipe.trainer, Meter(place.sums)
+    def _train_epoch(self, place: Place, bar: Any, stop: StopRequest) -> None:
+        """The rest of the epoch that the place is in, or of the run."""
+        epoch = place.epoch
         self.step.train()
-        started, before = time.perf_counter(), place.seconds
-        usable = self.steps_per_epoch * trainer.accumulate
-        for batch in self.train_loader.epoch(place.epoch, place.batch):
-            if place.batch >= usable or place.step >= self._total_steps:
-                break
-            place.batch += 1
-            updates = place.batch % trainer.accumulate == 0
-            values = self._step(batch, place, updates)
-            meter.add(values, place.step + 1)
+        for batch in self.train_loader.epoch(epoch, place.batch):
+            updates = (place.batch + 1) % self.recipe.trainer.accumulate == 0
+            self.meter.add(self._step(batch, place, updates), place.step + 1)
+            place.advance(self.batches_per_epoch, updates)
             bar.step(updates, len(batch.images) * self.fabric.world_size)
-            if not updates:
-                continue
-            place.step += 1
-            place.seconds = before + time.perf_counter() - started
-            if place.step % trainer.log_every == 0:
-                self._look(meter, place, bar)
-            if self._agreed(stop, place):
-                self._stop(meter, place, stop)
-            if trainer.save_every is not None and place.step % trainer.save_every == 0:
-                self._save(meter, place)
-        self._check_finite(meter)
-        place.sums = meter.sums()
-        self.means = meter.means(self._all_reduce)
+            if updates:
+                self._after_update(place, bar, stop)
+            if place.epoch != epoch or place.step >= self.length.last:
+                return
+
+    def _after_update(self, place: Place, bar: Any, stop: StopRequest) -> None:
+        """What is due after an optimizer step: a look, an evaluation, a checkpoint, an end."""
+        trainer, now = self.recipe.trainer, time.perf_counter()
+        place.seconds += now - self.since
+        self.since = now
+        if place.step % trainer.log_every == 0:
+            self._look(place, bar)
+        row = self.length.evaluates(place.step)
+        stopping = self._agreed(stop, place)
+        if row:
+            self._add_row(place)
+        elif stopping or (trainer.save_every is not None and place.step % trainer.save_every == 0):
+            self._save(place)
+        if stopping:
+            self._stop(place, stop)
+        if row:
+            self.step.train()
+            self.since = time.perf_counter()
 
     def _step(self, batch: Batch, place: Place, updates: bool) -> dict[str, Tensor]:
         """One batch forward and backward, and the update where one is due."""
         trainer, optimizer = self.recipe.trainer, self.optimizer
-        epoch = place.step / self.steps_per_epoch
-        set_lr(optimizer, self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, epoch, trainer.epochs))
+        self.lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, place.step, self.length)
+        set_lr(optimizer, self.lr)
         with self.fabric.no_backward_sync(self.step, enabled=not updates):
             losses = self.step(batch)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -199,53 +203,62 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
             if self.ema is not None:
-                self.ema.update_parameters(self.parts.student.model)
+                self.ema.update(self.parts.student.model, place.step + 1)
         return {"loss": total, **losses, **self.distiller.figures}
 
-    def _look(self, meter: Meter, place: Place, bar: Any) -> None:
-        """Reads the losses: the only time that the host waits for the device within an epoch."""
-        self._check_finite(meter)
-        last = meter.last()
+    def _look(self, place: Place, bar: Any) -> None:
+        """Reads the losses: the only time that the host waits for the device between evaluations."""
+        self._check_losses()
+        last = self.meter.last()
         losses = {name: value for name, value in last.items() if name not in self.distiller.figures}
-        bar.show(f"epoch {place.epoch + 1}/{self.recipe.trainer.epochs}", losses)
+        bar.show(self.length.told(place.step), losses)
         if self.fabric.is_global_zero:
             self.logger.log_metrics({f"step/{k}": v for k, v in last.items()}, place.step)
 
-    def _check_finite(self, meter: Meter) -> None:
-        bad = meter.first_not_finite(self._all_reduce)
+    def _check_losses(self) -> None:
+        bad = self.meter.first_not_finite(self._all_reduce)
         if bad is not None:
-            saved = [path.name for path in self.folder.list_checkpoints()[-1:]]
-            kept = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved yet"
-            raise UserError(
-                f"loss '{bad[0]}' is not finite at step {bad[1]}; {kept}; "
-                "try a lower optimizer.lr, trainer.clip_grad_norm=1 or trainer.precision=fp32"
-            )
+            self._not_finite(f"loss '{bad[0]}' is not finite at step {bad[1]}")
 
-    def _end_epoch(self, place: Place) -> None:
-        """Validates, writes the epoch's row, saves."""
+    def _check_weights(self, place: Place) -> None:
+        """A checkpoint of weights that are nan would poison every run that goes on from it."""
+        bad = [n for n in not_finite(lasting(self.plain)) if n not in self._never_finite]
+        bad += not_finite((f"average of {n}", v) for n, v in lasting(self.ema.model)) if self.ema else []
+        if bad:
+            name = bad[0].removeprefix("distiller.")
+            self._not_finite(f"'{name}' is not finite after step {place.step}, though the losses were")
+
+    def _not_finite(self, what: str) -> None:
+        saved = [path.name for path in self.folder.list_checkpoints()[-1:]]
+        kept = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved yet"
+        raise UserError(
+            f"{what}; {kept}; try a lower optimizer.lr, trainer.clip_grad_norm=1 or trainer.precision=fp32"
+        )
+
+    def _add_row(self, place: Place) -> None:
+        """Evaluates, writes a row of history, saves."""
+        self._check_losses()
+        self._check_weights(place)
         figures = self._validate()
         place.scalars, place.arrays = list(figures.scalars), dict(figures.arrays)
+        images = self.meter.count * self.train_loader.batch_size
         row = {
-            "epoch": place.epoch + 1,
+            "epoch": self.length.told_epochs(place.step),
             "step": place.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **self.means,
+            "lr": self.lr,
+            **self.meter.means(self._all_reduce),
             **figures.scalars,
             "seconds": round(place.seconds, 3),
-            "images_per_second": round(self._images(place) / max(place.seconds, 1e-9), 1),
+            "images_per_second": round(images / max(place.seconds, 1e-9), 1),
             "memory_mb": round(peak_memory(self.fabric.device) / 2**20, 1),
         }
-        place.history.append(row)
-        place.epoch, place.batch, place.sums, place.seconds = place.epoch + 1, 0, {}, 0.0
-        self._save(Meter({}), place)
+        place.add_row(row)
+        self.meter = Meter({})
+        self._save(place)
         if self.fabric.is_global_zero:
-            self.folder.write_history(place.history)
+            self.folder.append_history(place.history)
             self.logger.log_metrics({f"epoch/{k}": v for k, v in row.items()}, place.step)
-            shown = " ".join(f"{k}={v:.5g}" for k, v in row.items())
-            self.reporter.record(shown)
-
-    def _images(self, place: Place) -> int:
-        return place.batch * self.train_loader.batch_size
+            self.reporter.record(" ".join(f"{k}={v:.5g}" for k, v in row.items()))
 
     def _validate(self) -> Figures:
         if self.fabric.world_size > 1:
@@ -255,7 +268,7 @@ class Trainer:
 
     # --- saving ----------------------------------------------------------------------------------
 
-    def _agreed(self, stop: "StopRequest", place: Place) -> bool:
+    def _agreed(self, stop: StopRequest, place: Place) -> bool:
         """Whether to stop now. Several processes agree at the steps at which they look anyway."""
         if self.fabric.world_size == 1:
             return stop.signal is not None
@@ -265,8 +278,7 @@ class Trainer:
         stop.signal = int(self._all_reduce(asked, "max")) or None
         return stop.signal is not None
 
-    def _stop(self, meter: Meter, place: Place, stop: "StopRequest") -> None:
-        self._save(meter, place)
+    def _stop(self, place: Place, stop: StopRequest) -> None:
         assert stop.signal is not None
         line = (
             f"stopped at epoch {place.epoch + 1}, step {place.step}; saved; {resume_hint(self.folder.path)}"
@@ -274,19 +286,20 @@ class Trainer:
         self.reporter.record(line)
         raise InterruptedRunError(line, stop.signal)
 
-    def _save(self, meter: Meter, place: Place) -> None:
-        self._check_finite(meter)
-        place.sums = meter.sums()
-        model, optimizer = get_state_dict(self.plain, _unwrapped(self.optimizer), options=_FULL)
-        state = {
-            "model": model,
-            "optimizer": optimizer,
-            "precision": self.fabric.strategy.precision.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "random": self._gather(random_state(self.fabric.device)),
-            "place": asdict(place),
-        }
+    def _save(self, place: Place) -> None:
+        self._check_losses()
+        self._check_weights(place)
+        place.sums = self.meter.sums(self._all_reduce)
+        random = self._gather(random_state(self.fabric.device))
         if self.fabric.is_global_zero:
+            state = {
+                "model": self.plain.state_dict(),
+                "optimizer": optimizer_state(_unwrapped(self.optimizer), self.plain),
+                "precision": self.fabric.strategy.precision.state_dict(),
+                "ema": None if self.ema is None else self.ema.state_dict(),
+                "random": random,
+                "place": place.state(),
+            }
             best = self._best(place.history)
             keep = [int(best["step"])] if best else []
             self.folder.save_checkpoint(place.step, lambda path: torch.save(state, path), keep)
@@ -294,13 +307,8 @@ class Trainer:
 
     def _load(self, path: Path) -> Place:
         state = load_checkpoint(path)
-        set_state_dict(
-            self.plain,
-            _unwrapped(self.optimizer),
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=_FULL,
-        )
+        self.plain.load_state_dict(state["model"])
+        load_optimizer_state(_unwrapped(self.optimizer), self.plain, state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -308,7 +316,7 @@ class Trainer:
             set_random_state(state["random"][self.fabric.global_rank], self.fabric.device)
         else:
             self.reporter.warn("resumed with another number of processes: the noise is drawn anew")
-        return Place(**state["place"])
+        return Place.of(state["place"], self.batches_per_epoch)
 
     def _all_reduce(self, value: Tensor, how: str) -> Tensor:
         reduced = self.fabric.all_reduce(value, reduce_op=how)
@@ -324,7 +332,7 @@ class Trainer:
         return values
 
     def _best(self, history: History) -> dict[str, float] | None:
-        """The first epoch with the best figure."""
+        """The first row with the best figure."""
         task = self.parts.task
         sign = 1 if task.higher_is_better else -1
         return max(history, key=lambda row: sign * row[task.metric], default=None)
@@ -352,11 +360,12 @@ class Trainer:
             "last": figures,
             "arrays": place.arrays,
             "class_names": list(parts.data.class_names),
-            "best": {name: best[name] for name in figures} | {"epoch": int(best["epoch"])},
+            "best": {name: best[name] for name in figures} | {k: best[k] for k in ("epoch", "step")},
             "student": {"model": parts.student.name, **parts.cost(self.shipped).as_dict()},
             "teacher": None,
-            "epochs": place.epoch,
+            "epochs": self.length.told_epochs(place.step),
             "steps": place.step,
+            "axis": self.length.unit,
             "extra_parameters": sum(p.numel() for p in self.distiller.methods.parameters()),
             "images_per_second": median(row["images_per_second"] for row in place.history),
             "memory_mb": max(row["memory_mb"] for row in place.history),
@@ -373,9 +382,6 @@ class Trainer:
                 **parts.cost(parts.teacher).as_dict(),
             }
         self.folder.write_summary(summary)
-
-
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

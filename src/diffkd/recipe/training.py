@@ -1,0 +1,158 @@
+"""What a recipe says of training: optimizer, schedule, the loop."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from diffkd.recipe.base import Count, NotNegative, Positive, Section, Share
+
+
+class Optimizer(Section):
+    """What all optimizers share."""
+
+    lr: Positive
+    weight_decay: NotNegative = 0.0
+
+
+class Sgd(Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Positive = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: NotNegative = 0.01
+    betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2)
+
+
+class RmspropTf(Optimizer):
+    """RMSProp as TensorFlow has it: epsilon within the root, as the mobile networks are trained."""
+
+    name: Literal["rmsproptf"] = "rmsproptf"
+    lr: Positive = 0.048
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    eps: Positive = 1e-3
+
+
+class Schedule(Section):
+    """What all schedules share: so many epochs, or optimizer steps, that rise linearly from zero."""
+
+    warmup_epochs: NotNegative = 0.0
+    warmup_steps: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "Schedule":
+        if self.warmup_epochs and self.warmup_steps is not None:
+            raise ValueError("needs either warmup_epochs or warmup_steps")
+        return self
+
+
+class ConstantSchedule(Schedule):
+    """The same learning rate throughout."""
+
+    name: Literal["constant"] = "constant"
+
+
+class StepSchedule(Schedule):
+    """Multiplies the learning rate by `factor` at each milestone, or every so often.
+
+    Attributes:
+        unit: of `milestones` and `every`: epochs, optimizer steps, or shares of the whole run.
+
+    Raises:
+        ValueError: both or neither of `milestones` and `every` are given.
+    """
+
+    name: Literal["step"] = "step"
+    milestones: list[Positive] = Field(default_factory=list)
+    every: Positive | None = None
+    unit: Literal["epochs", "steps", "share"] = "epochs"
+    factor: Positive = 0.1
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "StepSchedule":
+        if bool(self.milestones) == (self.every is not None):
+            raise ValueError("needs either milestones (a list of epochs, or of the unit) or every")
+        return self
+
+
+class CosineSchedule(Schedule):
+    """Half a cosine from 1 down to `final_factor`."""
+
+    name: Literal["cosine"] = "cosine"
+    final_factor: Share = 0.0
+
+
+class PolySchedule(Schedule):
+    """`(1 - t) ** power` over the run."""
+
+    name: Literal["poly"] = "poly"
+    power: Positive = 0.9
+
+
+OptimizerRecipe = Sgd | AdamW | RmspropTf
+ScheduleRecipe = ConstantSchedule | StepSchedule | CosineSchedule | PolySchedule
+
+
+class TrainerRecipe(Section):
+    """The loop.
+
+    Attributes:
+        epochs, steps: how long to train, one of the two; steps are optimizer steps. 60 epochs where neither
+            is said.
+        eval_every, eval_epochs: optimizer steps, or epochs, from one evaluation to the next, each with a row
+            of history and a checkpoint; the end of the run is always one. Where neither is said: every
+            epoch, or 20 times in a run that is given in steps.
+        ema: decay of the averaged student, which is then what is evaluated and shipped.
+        save_every: optimizer steps between checkpoints; one is always written at an evaluation.
+        threads: CPU threads; small models are faster with 1, and the same number gives the same bits.
+        max_steps: stops after so many optimizer steps, for a trial; a teacher that is made, too.
+    """
+
+    epochs: Count | None = None
+    steps: Count | None = None
+    eval_every: Count | None = None
+    eval_epochs: Count | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
+    devices: Literal["auto"] | Count = "auto"
+    num_nodes: Count = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    clip_grad_norm: Positive | None = None
+    accumulate: Count = 1
+    channels_last: bool = False
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    compile: bool = False
+    log_every: Count = 10
+    save_every: Count | None = None
+    max_steps: Count | None = None
+    threads: Count | None = None
+    progress: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length(cls, content: Any) -> Any:
+        """60 epochs where no length is said."""
+        if (
+            not isinstance(content, dict)
+            or content.get("steps") is not None
+            or content.get("epochs") is not None
+        ):
+            return content
+        return {**content, "epochs": 60}
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainerRecipe":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("needs either epochs or steps")
+        if self.eval_every is not None and self.eval_epochs is not None:
+            raise ValueError("needs either eval_every (steps) or eval_epochs")
+        return self
