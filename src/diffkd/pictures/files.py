@@ -330,13 +330,16 @@ class Pictures:
             if self._corrupt[place]:
                 continue
             try:
-                name, picture, target = self.source[place]
-                image = self.transform(decode(picture, name, self.at_least))
+                return self.sample(place)
             except UserError as error:
                 self._put_up_with(place, error)
-                continue
-            return image if target is None else (image, target)
         raise UserError("not one of the pictures can be read")
+
+    def sample(self, place: int) -> Any:
+        """The sample at a place; UserError where it cannot be read."""
+        name, picture, target = self.source[place]
+        image = self.transform(decode(picture, name, self.at_least))
+        return image if target is None else (image, target)
 
     def _put_up_with(self, place: int, error: UserError) -> None:
         self._corrupt[place] = True

@@ -1,0 +1,1 @@
+"""Pictures with boxes: annotations in their formats, checked, and views of both together."""

@@ -1,0 +1,126 @@
+"""COCO's JSON: instances with boxes."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from diffkd.errors import UserError
+from diffkd.pictures.boxes.annotations import Annotated, Collected, check_absent, existing, within
+from diffkd.pictures.options import quoted
+
+_OTHERS = ("keypoint", "caption", "panoptic", "image_info", "stuff")  # what lies beside the instances
+
+
+def candidates(folder: Path) -> list[Path]:
+    """JSON files that may be instances, in the folder and its folders, in order."""
+    places = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
+    return [p for p in places if p.name[0] != "." and not any(o in p.name.lower() for o in _OTHERS)]
+
+
+def is_instances(place: Path) -> bool:
+    """Whether a file begins as COCO's instances do, told without reading all of it."""
+    with place.open("rb") as opened:
+        start = opened.read(1 << 16)
+    return start.lstrip()[:1] == b"{" and any(
+        word in start for word in (b'"images"', b'"annotations"', b'"categories"')
+    )
+
+
+def read(place: Path, folder: Path, *, keep_ids: bool = False) -> Annotated:
+    """The pictures and boxes of a file.
+
+    Args:
+        place: the JSON.
+        folder: where its pictures lie.
+        keep_ids: a class's label is its id less one, as COCO's detectors count, with gaps; else classes are
+            numbered in the order of their ids.
+
+    Raises:
+        UserError: it is no such file, or something in it does not fit together.
+    """
+    content = _content(place)
+    source = f"'{place.name}'"
+    classes, number = _classes(content["categories"], source, keep_ids)
+    images = content["images"]
+    twice = [str(i) for i, n in Counter(image.get("id") for image in images).items() if n > 1]
+    if twice:
+        raise UserError(f"{source}: two pictures have the id {quoted(twice)}")
+    boxes, notes = _boxes(content["annotations"], {image["id"] for image in images}, number, source)
+    there = existing(folder)
+    found = Collected(source, folder)
+    absent = []
+    for image in images:
+        path = within(str(image.get("file_name", "")), there)
+        if path is None:
+            absent.append(str(image.get("file_name")))
+            continue
+        size = (int(image.get("height") or 0), int(image.get("width") or 0))
+        found.add(path, size, boxes.get(image["id"], []))
+    check_absent(absent, len(images), source, folder)
+    return found.finish(classes, notes)
+
+
+def _content(place: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(place.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read annotations '{place}': {error}") from error
+    keys = ("images", "annotations", "categories")
+    lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if lacking:
+        raise UserError(f"'{place}' is no COCO instances file: it has no list '{lacking[0]}'")
+    sample: dict[str, Any] = next(iter(content["annotations"]), {"bbox": []})
+    if "bbox" not in sample:
+        kind = "captions" if "caption" in sample else "panoptic" if "segments_info" in sample else "no boxes"
+        raise UserError(f"'{place}' holds {kind}, not COCO instances with 'bbox'")
+    return content  # type: ignore[no-any-return]
+
+
+def _classes(categories: list[Any], source: str, keep_ids: bool) -> tuple[list[str], dict[int, int]]:
+    """Names in the order of the labels, and the label of each id."""
+    ids = [category.get("id") for category in categories]
+    if not ids or not all(isinstance(i, int) for i in ids) or len(set(ids)) < len(ids):
+        raise UserError(f"{source}: categories need an id each, a whole number that no other has")
+    names = {c["id"]: str(c.get("name", c["id"])) for c in categories}
+    if not keep_ids:
+        ordered = sorted(names)
+        return [names[i] for i in ordered], {i: k for k, i in enumerate(ordered)}
+    if min(names) < 1:
+        raise UserError(f"{source}: category ids must start at 1 to be kept")
+    return [names.get(i, f"({i})") for i in range(1, max(names) + 1)], {i: i - 1 for i in names}
+
+
+def _boxes(
+    annotations: list[Any], pictures: set[Any], number: dict[int, int], source: str
+) -> tuple[dict[Any, list[list[float]]], list[str]]:
+    """Rows for `Collected.add` by picture, and notes."""
+    boxes: dict[Any, list[list[float]]] = {}
+    strays = 0
+    for a in annotations:
+        if a.get("image_id") not in pictures:
+            strays += 1
+            continue
+        if a.get("category_id") not in number:
+            raise UserError(
+                f"{source}: a box has category {a.get('category_id')!r}, which 'categories' lacks"
+            )
+        row = a.get("bbox")
+        if not isinstance(row, list) or len(row) != 4:
+            raise UserError(f"{source}: annotation {a.get('id')!r} has the bbox {row!r}, not four numbers")
+        left, top, width, height = (float("nan") if v is None else float(v) for v in row)
+        area = float(a["area"]) if isinstance(a.get("area"), int | float) else float("nan")
+        corners = [left, top, left + width, top + height]
+        boxes.setdefault(a["image_id"], []).append(
+            [*corners, number[a["category_id"]], float(bool(a.get("iscrowd"))), area]
+        )
+    if strays > len(annotations) / 2:
+        raise UserError(
+            f"{source}: {strays} of {len(annotations)} boxes are of pictures that it does not list: "
+            "do pictures and boxes come from two data sets?"
+        )
+    counted = Counter(a.get("id") for a in annotations if a.get("id") is not None)
+    twice = sum(n - 1 for n in counted.values())
+    notes = [f"{source}: {strays} boxes of pictures that it does not list left out"] * bool(strays)
+    notes += [f"{source}: {twice} annotations have the id of another; all are taken"] * bool(twice)
+    return boxes, notes

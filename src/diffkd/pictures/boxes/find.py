@@ -1,0 +1,235 @@
+"""Which format of boxes a folder holds, and where its splits are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from diffkd.errors import UserError
+from diffkd.pictures.boxes import coco, voc, yolo
+from diffkd.pictures.boxes.annotations import Annotated, existing
+from diffkd.pictures.files import ENDINGS
+from diffkd.pictures.options import quoted
+
+Format = Literal["auto", "coco", "voc", "yolo"]
+TEST_NAMES = ("val", "valid", "validation", "test")
+_XML_FOLDERS = ("Annotations", "annots", "annotations", "xml", "xmls", "labels")
+_PICTURE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "pictures")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Splits of a folder, not yet read.
+
+    Attributes:
+        what: the format and where it was found, for the user.
+        splits: what reads each split, by its name; "" where there is no split.
+    """
+
+    what: str
+    splits: dict[str, Callable[[], Annotated]]
+
+
+def find(root: Path, wanted: Format = "auto") -> Found:
+    """The boxes in a folder.
+
+    Raises:
+        UserError: there are none of that format, or of any.
+    """
+    seekers = {"yolo": _with_yaml, "coco": _coco, "voc": _voc, "text": _text}
+    if wanted == "yolo":
+        found = _with_yaml(root) or _text(root)
+        return _told(found, root, "YOLO text files")
+    if wanted != "auto":
+        return _told(seekers[wanted](root), root, "COCO JSON" if wanted == "coco" else "VOC XML")
+    for seek in seekers.values():
+        found = seek(root)
+        if found is not None:
+            return found
+    raise UserError(
+        f"'{root}' holds no boxes: neither COCO JSON, nor VOC XML, nor YOLO text files; "
+        "data.format says which it should be"
+    )
+
+
+def _told(found: Found | None, root: Path, what: str) -> Found:
+    if found is None:
+        raise UserError(f"no {what} in '{root}'")
+    return found
+
+
+# --- COCO ------------------------------------------------------------------------------------------
+
+
+def _coco(root: Path) -> Found | None:
+    places = [place for place in coco.candidates(root) if coco.is_instances(place)]
+    if not places:
+        return None
+    splits: dict[str, Callable[[], Annotated]] = {}
+    for place in places:
+        name = _split_of(place, root)
+        if name in splits:
+            raise UserError(
+                f"'{root}': which file is for '{name or 'all'}'? {quoted([p.name for p in places])}"
+            )
+        splits[name] = _later(coco.read, place, _pictures_of(place, name, root))
+    return Found(f"COCO JSON ({quoted([p.name for p in places], 4)})", splits)
+
+
+def _later(read: Callable[..., Annotated], *args: Any) -> Callable[[], Annotated]:
+    return lambda: read(*args)
+
+
+def _split_of(place: Path, root: Path) -> str:
+    """Which split a file's name or folder means."""
+    text = place.stem.lower() + " " + ("" if place.parent == root else place.parent.name.lower())
+    for name in ("train", "validation", "valid", "val", "test"):
+        if name in text:
+            return name
+    return ""
+
+
+def _pictures_of(place: Path, split: str, root: Path) -> Path:
+    """The folder of a JSON's pictures: next to it, or named after the split."""
+    beside = [place.parent / place.stem, place.parent]
+    named = [p for p in sorted(root.iterdir()) if p.is_dir() and split and p.name.lower().startswith(split)]
+    shared = [root / name for name in _PICTURE_FOLDERS]
+    inner = [folder / split for folder in shared] if split else []
+    for folder in (*named, *inner, *beside, *shared, root):
+        if folder.is_dir() and any(p.suffix.lower() in ENDINGS for p in folder.iterdir()):
+            return folder
+    return root
+
+
+# --- VOC -------------------------------------------------------------------------------------------
+
+
+def _voc(root: Path) -> Found | None:
+    split_folders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and _xml_folder(p) is not None}
+    own = {name: p for name, p in split_folders.items() if name in ("train", *TEST_NAMES)}
+    if own:
+        splits = {n: _later(voc.read, _xml_folder(p), _picture_folder(p)) for n, p in own.items()}
+        return Found(f"VOC XML ({quoted(list(own), 4)})", splits)
+    annotations = _xml_folder(root)
+    if annotations is None:
+        return None
+    pictures = _picture_folder(root)
+    names = voc.split_names(root)
+    if "trainval" in names and "test" in names:
+        names = {"train": names["trainval"], "test": names["test"]}
+    names.pop("trainval", None)
+    splits = {name: _later(voc.read, annotations, pictures, listed) for name, listed in names.items()}
+    return Found(
+        f"VOC XML ('{annotations.name}', pictures in '{pictures.name}')",
+        splits if "train" in splits else {"": _later(voc.read, annotations, pictures)},
+    )
+
+
+def _xml_folder(root: Path) -> Path | None:
+    for folder in (*(root / name for name in _XML_FOLDERS), root):
+        if folder.is_dir() and next(folder.glob("*.xml"), None) is not None:
+            return folder
+    return None
+
+
+def _picture_folder(root: Path) -> Path:
+    folders = (*(root / name for name in _PICTURE_FOLDERS), root)
+    return next(
+        (f for f in folders if f.is_dir() and any(p.suffix.lower() in ENDINGS for p in f.iterdir())), root
+    )
+
+
+# --- YOLO ------------------------------------------------------------------------------------------
+
+
+def _with_yaml(root: Path) -> Found | None:
+    for place in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
+        try:
+            content = yaml.safe_load(place.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read '{place}': {str(error).partition(chr(10))[0]}") from error
+        if isinstance(content, dict) and "names" in content and "train" in content:
+            return _from_yaml(place, content)
+    return None
+
+
+def _from_yaml(place: Path, content: dict[str, Any]) -> Found:
+    names = content["names"]
+    if isinstance(names, dict):
+        if sorted(names) != list(range(len(names))):
+            raise UserError(f"'{place}': names must number the classes from 0 without gaps")
+        names = [names[k] for k in range(len(names))]
+    classes = tuple(str(name) for name in names)
+    if "nc" in content and content["nc"] != len(classes):
+        raise UserError(f"'{place}': nc is {content['nc']}, but there are {len(classes)} names")
+    # a path that does not exist here is another machine's: the folder itself is meant
+    base = place.parent / str(content.get("path") or ".")
+    base = base if base.is_dir() and (base / str(content["train"])).exists() else place.parent
+    splits = {}
+    for name in ("train", *TEST_NAMES):
+        if isinstance(content.get(name), str):
+            splits[name] = _later(_yolo_split, place, base, content[name], classes)
+    return Found(f"YOLO ('{place.name}')", splits)
+
+
+def _yolo_split(place: Path, base: Path, told: str, classes: tuple[str, ...]) -> Annotated:
+    inside = told.replace("\\", "/")
+    while inside.startswith("../"):
+        inside = inside[3:]
+    where = next((p for p in (base / told, base / inside) if p.exists()), None)
+    if where is None:
+        raise UserError(f"'{place}' names '{told}', which is not in '{base}'")
+    if where.is_dir():
+        return yolo.read(where, _labels_of(where), classes)
+    listed = [line.strip().removeprefix("./") for line in where.read_text().splitlines() if line.strip()]
+    pictures = base / "images" if (base / "images").is_dir() else base
+    names = {line.rpartition("images/")[2] for line in listed}
+    return yolo.read(pictures, _labels_of(pictures), classes, names)
+
+
+def _labels_of(pictures: Path) -> Path:
+    """`labels` in the place of the path's last `images`; else the pictures' own folder."""
+    parts = list(pictures.parts)
+    for i in range(len(parts) - 1, -1, -1):
+        if parts[i] in _PICTURE_FOLDERS:
+            folder = Path(*parts[:i], "labels", *parts[i + 1 :])
+            if folder.is_dir():
+                return folder
+    return pictures
+
+
+def _text(root: Path) -> Found | None:
+    """Folders of pictures and text files without a description of the classes."""
+    classes = _listed_classes(root)
+    splits: dict[str, Callable[[], Annotated]] = {}
+    for name in ("train", *TEST_NAMES):
+        for folder in (root / "images" / name, root / name / "images", root / name):
+            labels = _labels_of(folder)
+            if folder.is_dir() and _has_boxes(labels):
+                splits[name] = _later(yolo.read, folder, labels, classes)
+                break
+    if "train" not in splits:
+        folder = root / "images" if (root / "images").is_dir() else root
+        labels = _labels_of(folder)
+        if not _has_boxes(labels) or not any(p.lower().endswith(ENDINGS) for p in existing(folder)):
+            return None
+        splits = {"": _later(yolo.read, folder, labels, classes)}
+    return Found("YOLO text files", splits)
+
+
+def _has_boxes(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    names = (p for p in folder.glob("*.txt") if p.stem not in ("classes", "train", "val", "test", "README"))
+    first = next(names, None)
+    words = first.read_text(errors="replace").split() if first is not None else []
+    return first is not None and (not words or words[0].replace(".", "").isdigit())
+
+
+def _listed_classes(root: Path) -> tuple[str, ...]:
+    for place in (root / "classes.txt", root / "labels" / "classes.txt", root / "obj.names"):
+        if place.is_file():
+            return tuple(line.strip() for line in place.read_text().splitlines() if line.strip())
+    return ()

@@ -1,0 +1,238 @@
+"""Pictures with their boxes as detectors see them: resized, and changed at random together to train on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2 as transforms
+from torchvision.transforms.v2 import functional as v2
+
+from diffkd.batch import Batch
+from diffkd.errors import UserError
+from diffkd.pictures.boxes.annotations import Annotated
+from diffkd.pictures.files import Pictures, decode
+from diffkd.pictures.joint import RandomScale
+from diffkd.pictures.memory import hold_out
+from diffkd.pictures.options import quoted
+
+
+@dataclass(frozen=True)
+class BoxOptions:
+    """How pictures are resized, and changed together with their boxes to train on.
+
+    Attributes:
+        size: pixels that a picture's shorter side is brought to.
+        max_size: most pixels of its longer side, which wins.
+        train_sizes: sizes to draw from for training (multi-scale); `size` alone if not given.
+        flip: mirror left and right at random; turn it off where that changes the class.
+        min_scale, max_scale: a training picture is first resized by a factor drawn between the two, and
+            not brought to `size` then (scale jitter); 1 and 1 turn it off.
+        photometric: change brightness, contrast, saturation and hue at random.
+        iou_crop: random crops that overlap with some box at least so much (SSD, arXiv 1512.02325).
+        mosaic: share of training pictures that are put together from four.
+        max_corrupt: how many unreadable files of a split are skipped, each with a warning; the next
+            one more stops the run.
+
+    Raises:
+        UserError: an option is out of its range.
+    """
+
+    size: int = 640
+    max_size: int = 1024
+    train_sizes: list[int] | None = None
+    flip: bool = True
+    min_scale: float = 1.0
+    max_scale: float = 1.0
+    photometric: bool = False
+    iou_crop: bool = False
+    mosaic: float = 0.0
+    max_corrupt: int = 0
+
+    def __post_init__(self) -> None:
+        for size in (self.size, *(self.train_sizes or ())):
+            if not 1 <= size <= self.max_size:
+                raise UserError(f"data.size={size}: needs at least 1 and at most max_size={self.max_size}")
+        if not 0 < self.min_scale <= self.max_scale:
+            raise UserError(
+                f"data.min_scale={self.min_scale}, data.max_scale={self.max_scale}: "
+                "need two factors above 0, the smaller first"
+            )
+        if not 0 <= self.mosaic <= 1:
+            raise UserError(f"data.mosaic={self.mosaic}: needs a share, 0 to 1")
+        if self.max_corrupt < 0:
+            raise UserError(f"data.max_corrupt={self.max_corrupt} is negative")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of a typical picture, three to four."""
+        return 3, self.size, min(self.max_size, -(-self.size * 4 // 96) * 32)
+
+    def train_view(self) -> Any:
+        """Changes a sample of tv_tensors (`image`, `boxes`) to a random view of it."""
+        steps: list[Any] = []
+        if self.photometric:
+            steps.append(transforms.RandomPhotometricDistort())
+        if self.iou_crop:
+            steps.append(_CropWithBoxes())
+        if self.flip:
+            steps.append(transforms.RandomHorizontalFlip())
+        if (self.min_scale, self.max_scale) != (1, 1):
+            steps += [RandomScale(self.min_scale, self.max_scale), _Shrink(self.max_size)]
+        else:
+            steps.append(transforms.RandomShortestSize(self.train_sizes or [self.size], self.max_size))
+        return transforms.Compose([*steps, transforms.ClampBoundingBoxes()])
+
+    def test_view(self) -> Any:
+        """Changes a sample to its size."""
+        return transforms.RandomShortestSize([self.size], self.max_size)
+
+    def splits(self, train: Annotated, test: Annotated) -> tuple["BoxPictures", "BoxPictures"]:
+        """Samples to train on, changed at random, and to test on."""
+        return BoxPictures(train, self, training=True), BoxPictures(test, self, training=False)
+
+
+class _CropWithBoxes(transforms.Transform):  # type: ignore[misc]
+    """A random crop that keeps boxes, of pictures that have some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crop = transforms.RandomIoUCrop()
+
+    def forward(self, *inputs: Any) -> Any:
+        """The sample, cropped or as it was."""
+        return self.crop(*inputs) if len(inputs[0]["boxes"]) else inputs[0]
+
+
+class _Shrink(transforms.Transform):  # type: ignore[misc]
+    """Shrinks what is longer than so many pixels to that."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.longest = longest
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """One of the sample's parts."""
+        height, width = transforms.functional.get_size(inpt)
+        factor = self.longest / max(height, width)
+        if factor >= 1:
+            return inpt
+        size = [max(round(height * factor), 1), max(round(width * factor), 1)]
+        return self._call_kernel(v2.resize, inpt, size=size, antialias=True)
+
+
+class BoxPictures(Pictures):
+    """Map-style samples: a picture `(3, H, W)` uint8, and a dict of its boxes.
+
+    The dict has `boxes` `(n, 4)` and `labels` `(n,)`. Of test pictures also `ignore` and `area`, and
+    `origin`, the picture's own `(H, W)`, in pixels of which its boxes stay; what is ignored is left out
+    of training ones.
+
+    Args:
+        source: pictures and boxes.
+        options: how they are changed.
+        training: random views, or whole pictures.
+    """
+
+    def __init__(self, source: Annotated, options: BoxOptions, *, training: bool) -> None:
+        self.view = options.train_view() if training else options.test_view()
+        super().__init__(source, self.view, options.max_corrupt)  # type: ignore[arg-type]
+        self.annotated, self.training, self.mosaic = source, training, options.mosaic
+
+    def sample(self, place: int) -> tuple[Tensor, dict[str, Any]]:
+        """Picture and boxes at a place.
+
+        Raises:
+            UserError: it cannot be read, or has another size than its annotations say.
+        """
+        if not self.training:
+            return self._whole(place)
+        mixed = bool(self.mosaic) and torch.rand(()).item() < self.mosaic
+        sample = self.view(self._mosaic(place) if mixed else self._read(place))
+        boxes = sample["boxes"].as_subclass(Tensor)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return sample["image"].as_subclass(Tensor), {"boxes": boxes[kept], "labels": sample["labels"][kept]}
+
+    def _whole(self, place: int) -> tuple[Tensor, dict[str, Any]]:
+        read = self._read(place, ignored=True)
+        boxes, image = read["boxes"].as_subclass(Tensor), self.view(read["image"])
+        rows = slice(self.annotated.starts[place], self.annotated.starts[place + 1])
+        own = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        area = torch.from_numpy(self.annotated.area[rows].copy())
+        target = {
+            "boxes": boxes,
+            "labels": read["labels"],
+            "ignore": torch.from_numpy(self.annotated.ignore[rows].copy()),
+            "area": torch.where(area.isnan(), own, area),
+            "origin": tuple(read["image"].shape[-2:]),
+        }
+        return image.as_subclass(Tensor), target
+
+    def _read(self, place: int, ignored: bool = False) -> dict[str, Any]:
+        """A sample before it is changed."""
+        found, path = self.annotated, self.annotated.place(place)
+        image = v2.pil_to_tensor(decode(path, str(path)))
+        height, width = image.shape[-2:]
+        said = tuple(found.sizes[place].tolist())
+        if all(said) and said != (height, width):
+            raise UserError(
+                f"picture '{path}' has {height}x{width} pixels, its annotations say {said[0]}x{said[1]}"
+            )
+        rows = slice(found.starts[place], found.starts[place + 1])
+        boxes, labels = (torch.from_numpy(x[rows].copy()) for x in (found.boxes, found.labels))
+        if found.relative:
+            boxes = boxes * torch.tensor([width, height, width, height])
+        if not ignored:
+            keep = ~torch.from_numpy(found.ignore[rows].copy())
+            boxes, labels = boxes[keep], labels[keep]
+        wrapped = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
+        return {"image": tv_tensors.Image(image), "boxes": wrapped, "labels": labels}
+
+    def _mosaic(self, place: int) -> dict[str, Any]:
+        """Four pictures side by side and one below the other (arXiv 2004.10934), each at half the size."""
+        others = torch.randint(len(self), (3,)).tolist()
+        parts = [self._read(i) for i in (place, *others)]
+        height, width = parts[0]["image"].shape[-2:]
+        canvas = torch.zeros(3, height, width, dtype=torch.uint8)
+        middle, centre = height // 2, width // 2
+        boxes, labels = [], []
+        for i, part in enumerate(parts):
+            top, left = (i // 2) * middle, (i % 2) * centre
+            small = transforms.Resize((middle, centre), antialias=True)(part)
+            canvas[:, top : top + middle, left : left + centre] = small["image"]
+            boxes.append(small["boxes"].as_subclass(Tensor) + torch.tensor([left, top, left, top]))
+            labels.append(part["labels"])
+        wrapped = tv_tensors.BoundingBoxes(torch.cat(boxes), format="XYXY", canvas_size=(height, width))
+        return {"image": tv_tensors.Image(canvas), "boxes": wrapped, "labels": torch.cat(labels)}
+
+
+def collate(rows: list[Any]) -> Batch:
+    """A batch of pictures of any sizes: lists of pictures and of targets."""
+    images, targets = zip(*rows, strict=True)
+    return Batch(list(images), list(targets))
+
+
+def same_in_both(train: Annotated, test: Annotated) -> tuple[str, ...]:
+    """A note where the same picture file is to train on and to test on, under whatever names."""
+    ours: dict[int, list[int]] = {}
+    for i in range(len(train)):
+        ours.setdefault(train.place(i).stat().st_size, []).append(i)
+    twice = []
+    for i in range(len(test)):
+        like = ours.get(test.place(i).stat().st_size, [])
+        content = test.place(i).read_bytes() if like else b""
+        same = next((j for j in like if train.place(j).read_bytes() == content), None)
+        if same is not None:
+            twice.append(f"{test.place(i).name} is {train.place(same).name}")
+    if not twice:
+        return ()
+    return (f"warning: {len(twice)} test pictures are training pictures too: {quoted(twice)}",)
+
+
+def held_out_boxes(source: Annotated, fraction: float) -> tuple[Annotated, Annotated, str]:
+    """A part to train on, a part to test on, always the same, and a note that says so."""
+    train, test = hold_out(len(source), fraction)
+    note = f"no test split: {len(test)} of {len(source)} pictures held out as one"
+    return source.part(np.asarray(train)), source.part(np.asarray(test)), note

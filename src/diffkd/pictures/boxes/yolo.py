@@ -1,0 +1,77 @@
+"""YOLO's text files: one a picture, a line a box, in shares of the picture's sides."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffkd.errors import UserError
+from diffkd.pictures.boxes.annotations import Annotated, Collected, existing
+from diffkd.pictures.files import ENDINGS
+
+
+def read(pictures: Path, labels: Path, classes: tuple[str, ...], names: set[str] | None = None) -> Annotated:
+    """Boxes of `NAME.txt` in a folder and pictures of the same names in another, or the same one.
+
+    A line is a class and centre, width and height; or a class and a polygon, of which the box is taken.
+
+    Args:
+        pictures: folder of pictures.
+        labels: folder of text files.
+        classes: their names; empty numbers them.
+        names: paths of the split's pictures in the folder; None takes all.
+
+    Raises:
+        UserError: a line cannot be read, or is in pixels, or of an unknown class.
+    """
+    files = sorted(p for p in existing(pictures) if p.lower().endswith(ENDINGS))
+    files = [p for p in files if names is None or p in names]
+    texts = {p[: -len(".txt")] for p in existing(labels) if p.endswith(".txt")}
+    source = f"'{labels.name}'" if labels.name == "labels" else f"'{labels.parent.name}/{labels.name}'"
+    found = Collected(source, pictures, relative=True)
+    highest, polygons, lonely = -1, 0, set(texts) - {"classes", "labels", "obj", "train", "val", "test"}
+    for path in files:
+        stem = path.rpartition(".")[0]
+        rows = list(_rows(labels / f"{stem}.txt")) if stem in texts else []
+        lonely.discard(stem)
+        polygons += sum(polygon for _, _, polygon in rows)
+        highest = max([highest, *(kind for kind, _, _ in rows)])
+        found.add(path, (0, 0), [[*box, kind, 0.0, float("nan")] for kind, box, _ in rows])
+    if classes and highest >= len(classes):
+        raise UserError(f"{source}: a box has class {highest}, but there are {len(classes)} class names")
+    notes = []
+    without = sum(p.rpartition(".")[0] not in texts for p in files)
+    if files and without == len(files):
+        raise UserError(f"no text file in '{labels}' has the name of a picture in '{pictures}'")
+    if without:
+        notes.append(f"{source}: {without} pictures have no text file and count as negatives")
+    if lonely and names is None:
+        notes.append(
+            f"{source}: {len(lonely)} text files without a picture left out, such as '{min(lonely)}'"
+        )
+    if polygons:
+        notes.append(f"{source}: {polygons} polygons, of which the boxes around them are taken")
+    return found.finish(classes or tuple(str(k) for k in range(highest + 1)), notes)
+
+
+def _rows(place: Path) -> Iterator[tuple[int, list[float], bool]]:
+    """Class, corners in shares of the sides, and whether it was a polygon, of every line of a file."""
+    for number, line in enumerate(place.read_text(encoding="utf-8-sig").splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"'{place}', line {number}"
+        try:
+            kind, values = int(float(words[0])), [float(word) for word in words[1:]]
+        except ValueError as error:
+            raise UserError(f"{where}: '{line}' is no class and numbers") from error
+        if kind < 0 or not (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0)):
+            raise UserError(
+                f"{where}: {len(words)} words; a line is a class and centre, width and height, or a polygon"
+            )
+        if max(values) > 2:
+            raise UserError(f"{where}: {max(values):g} is no share of a side: are these pixels?")
+        if len(values) > 4:
+            across, down = values[::2], values[1::2]
+            yield kind, [min(across), min(down), max(across), max(down)], True
+            continue
+        x, y, w, h = values
+        yield kind, [x - w / 2, y - h / 2, x + w / 2, y + h / 2], False

@@ -1,0 +1,240 @@
+"""Detection from data in each format to the student: figures, resumption, the roles of detectors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import box_files
+from diffkd.assembly import assemble
+from diffkd.batch import Batch
+from diffkd.maths.precision import BoxPrecision, coco_precision
+from diffkd.models.base import build
+from diffkd.recipe.schema import load
+from diffkd.tasks.detection import Detection
+
+WORDS = [
+    "boxes",
+    "teacher=torchvision/retinanet:timm/test_resnet",
+    "student=torchvision/retinanet:timm/test_efficientnet",
+    "teacher.options={channels: 32, levels: [3, 5]}",
+    "student.options={channels: 32, levels: [3, 5]}",
+    "teacher.train.epochs=1",
+    "trainer.epochs=2",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+    "data.size=64",
+    "data.max_size=96",
+    "data.batch_size=4",
+    "data.workers=0",
+    "method=fitnet",
+]
+COUNTS = {"train": 8, "test": 4}
+
+
+# --- from data to the student ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc", "yolo"])
+def test_every_format_gives_the_same_boxes(kind, tmp_path):
+    from diffkd.data.boxes import build as boxes
+
+    data = boxes(str(getattr(box_files, kind)(tmp_path, COUNTS)), size=64, flip=False)
+    assert (len(data.train), len(data.test)) == (8, 4)
+    squares = box_files.picture(tmp_path / "again.png", 5000)
+    image, target = data.train[0]
+    order = {"dim": data.class_names.index("dim"), "bright": data.class_names.index("bright")}
+    for (left, top, bright), box, label in zip(squares, target["boxes"], target["labels"], strict=True):
+        assert box.tolist() == pytest.approx([left, top, left + 24, top + 24], abs=1e-4)
+        assert label == order[box_files.CLASSES[bright]]
+        assert image[:, top + 1, left + 1].tolist() == [120 + 120 * bright] * 3
+
+
+def test_a_student_is_distilled_evaluated_and_resumed_bit_by_bit(diffkd, tmp_path):
+    root = f"data.root={box_files.coco(tmp_path / 'cells', COUNTS)}"
+    status, _, said = diffkd("distill", *WORDS, root, "output=whole")
+    assert status == 0, said
+    assert "COCO JSON" in said
+    assert "backbone[p3]" in said
+    summary = json.loads((tmp_path / "whole/summary.json").read_text())
+    assert {"ap", "ap50", "ap75", "voc_ap50"} <= set(summary["last"])
+    assert len(summary["arrays"]["ap_per_class"]) == 2
+    status, out, said = diffkd("evaluate", "whole")
+    assert status == 0, said
+    assert out.count("as recorded") == len(summary["last"])
+
+    status, _, said = diffkd("distill", *WORDS, root, "output=parts", "trainer.save_every=1")
+    assert status == 0, said
+    saved = sorted((tmp_path / "parts/checkpoints").iterdir())
+    for later in saved[1:]:
+        later.unlink()
+    for name in ("summary.json", "student/model.safetensors"):
+        (tmp_path / "parts" / name).unlink()
+    status, _, said = diffkd("distill", "parts/recipe.yaml", "resume=true")
+    assert status == 0, said
+    assert "resumed at" in said
+    one, other = (tmp_path / run / "student/model.safetensors" for run in ("whole", "parts"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+# --- the roles -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path):
+    root = box_files.coco(tmp_path, COUNTS)
+    return assemble(load(WORDS[0], [*WORDS[1:], f"data.root={root}"]))
+
+
+def test_both_models_see_the_same_padded_picture(parts):
+    images = [torch.randint(0, 255, size, dtype=torch.uint8) for size in ((3, 40, 64), (3, 64, 50))]
+    framed = parts.task.frame(Batch(images, [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}] * 2))
+    assert framed.images.shape == (2, 3, 64, 64)
+    assert framed.valid[0, :40].all()
+    assert not framed.valid[0, 40:].any()
+    assert framed.valid[1].float().mean(0).tolist() == [1] * 50 + [0] * 14
+    prepared = parts.task.prepare(framed, parts.student.prepare)
+    assert not prepared.images[0, :, 40:].any()
+    assert torch.equal(prepared.images[1, :, :, :50], parts.student.prepare(images[1]))
+    assert parts.task.frame(framed) is framed
+
+
+def test_the_teacher_stops_at_its_taps(parts, monkeypatch):
+    distiller, _ = parts.distiller(parts.sample(2))
+    batch = next(iter(parts.loader(parts.data.train, shuffle=True).epoch()))
+    for part in (distiller.teacher.head, distiller.teacher.anchor_generator):
+        part.register_forward_pre_hook(lambda *_: pytest.fail("the head ran"))
+    losses = distiller.train()(batch)
+    assert set(losses.supervised) == {"classification", "bbox_regression"}
+    assert [pair.name for pair in distiller.pairs] == ["backbone[p3]", "backbone[p4]", "backbone[p5]"]
+    own = parts.student.model.transform
+    assert type(own).__name__ == "GeneralizedRCNNTransform"  # what ships prepares pictures itself
+
+
+def test_a_detector_gives_what_it_gives_alone():
+    model = build(
+        "torchvision/fcos:timm/test_resnet",
+        num_classes=2,
+        image_shape=(3, 64, 64),
+        options={"channels": 32, "score_thresh": 0.0, "image_mean": [0.0] * 3, "image_std": [1.0] * 3},
+    )
+    model.eval()
+    task = Detection(_data(2))
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    targets = [{"origin": (64, 64)}, {"origin": (128, 32)}]
+    batch = task.prepare(task.frame(Batch(images, targets)), nn.Identity())
+    with torch.no_grad():
+        ours, alone = task.predict(model, batch), model(images)
+    assert len(ours[0]["boxes"])
+    for answer, plain, scale in zip(ours, alone, ([1, 1, 1, 1], [0.5, 2, 0.5, 2]), strict=True):
+        keep = plain["labels"] > 0
+        assert torch.allclose(answer["boxes"], plain["boxes"][keep] * torch.tensor(scale), atol=1e-4)
+        assert torch.equal(answer["labels"] + 1, plain["labels"][keep])
+
+
+def _data(classes):
+    from diffkd import Data
+
+    return Data([], [], classes, (3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("retinanet:timm/test_convnext", {"channels": 32}),
+        ("fasterrcnn:timm/test_efficientnet", {"channels": 32}),
+        ("fcos:timm/test_vit", None),
+    ],
+)
+def test_heads_on_backbones(name, options):
+    if options is None:
+        with pytest.raises(Exception, match="strides"):
+            build(f"torchvision/{name}", num_classes=2, image_shape=(3, 64, 64))
+        return
+    model = build(f"torchvision/{name}", num_classes=2, image_shape=(3, 64, 64), options=options)
+    task = Detection(_data(2))
+    target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    batch = task.prepare(task.frame(Batch([torch.rand(3, 64, 64)] * 2, [target, nothing])), nn.Identity())
+    _, losses = task.train(model.train(), batch)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert len(model.backbone(batch.images)) == 5
+
+
+# --- the metric ------------------------------------------------------------------------------------
+
+
+def _random_answers(seed=0, pictures=12, classes=3):
+    random = np.random.default_rng(seed)
+    truth, found = [], []
+    for p in range(pictures):
+        for _ in range(random.integers(0, 5)):
+            low, side = random.uniform(0, 80, 2), random.uniform(4, 120, 2)
+            kind, ignored = random.integers(classes), random.random() < 0.2
+            truth.append([p, kind, *low, *(low + side), side.prod(), ignored])
+            for _ in range(random.integers(0, 3)):
+                shift = random.normal(0, 0.08, 4) * np.concatenate([side, side])
+                label = kind if random.random() < 0.8 else random.integers(classes)
+                found.append([p, label, *(np.concatenate([low, low + side]) + shift), random.random()])
+    return np.arange(pictures), np.array(found), np.array(truth)
+
+
+def test_figures_are_those_of_pycocotools():
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    pictures, found, truth = _random_answers()
+    ours = coco_precision(pictures, found, truth, 3)
+    box = lambda row: [row[2], row[3], row[4] - row[2], row[5] - row[3]]  # noqa: E731
+    true = COCO()
+    true.dataset = {
+        "images": [{"id": int(p)} for p in pictures],
+        "categories": [{"id": k} for k in range(3)],
+        "annotations": [
+            {
+                "id": i + 1,
+                "image_id": int(r[0]),
+                "category_id": int(r[1]),
+                "bbox": box(r),
+                "area": r[6],
+                "iscrowd": int(r[7]),
+            }
+            for i, r in enumerate(truth)
+        ],
+    }
+    true.createIndex()
+    answers = [
+        {"image_id": int(r[0]), "category_id": int(r[1]), "bbox": box(r), "score": r[6]} for r in found
+    ]
+    run = COCOeval(true, true.loadRes(answers), "bbox")
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    assert [float(ours[n]) for n in names] == pytest.approx(run.stats[:6].tolist(), abs=1e-9)
+    assert 0.1 < ours["ap"] < 0.9
+
+
+def test_voc_precision_by_hand():
+    metric = BoxPrecision(2)
+    box = lambda *corners: torch.tensor([[float(c) for c in corners]])  # noqa: E731
+    truth = {"boxes": torch.cat([box(0, 0, 10, 10), box(20, 20, 40, 40)]), "labels": torch.tensor([0, 0])}
+    # right, a second time the same, difficult, wrong: precision 1, 1/2, -, 1/3 at recall 1/2
+    answers = {
+        "boxes": torch.cat([box(0, 0, 10, 10), box(0, 0, 10, 9), box(60, 60, 80, 80), box(90, 90, 95, 95)]),
+        "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]),
+        "labels": torch.zeros(4, dtype=torch.int64),
+    }
+    hard = {
+        "boxes": torch.cat([truth["boxes"], box(60, 60, 80, 80)]),
+        "labels": torch.zeros(3, dtype=torch.int64),
+        "ignore": torch.tensor([False, False, True]),
+    }
+    metric.update([answers], [hard], torch.tensor([5]))
+    figures = metric.compute()
+    assert figures["voc_ap50"].item() == pytest.approx(0.5)
+    assert figures["ap_per_class"].isnan().tolist() == [False, True]
+    assert "ap_large" not in figures
