@@ -7,7 +7,9 @@ from PIL import Image
 from diffkd.recipe.files import builtin
 from diffkd.recipe.schema import load
 
-RECIPES = [name for name in builtin() if not name.startswith("digit")]
+RECIPES = [
+    name for name in builtin() if not name.startswith("digit") and load(name).task.name == "classification"
+]
 # Large teachers see small pictures here.
 SMALL = {
     "timm/swin_large_patch4_window7_224": ["teacher.size=64"],
