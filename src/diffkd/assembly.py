@@ -90,7 +90,7 @@ class Parts:
         """The first test samples as one batch."""
         count = min(size, len(self.data.test))
         rows = self.loader(self.data.test, shuffle=False, batch_size=count, device=device)
-        return next(iter(rows.epoch()))
+        return self.task.sample(next(iter(rows.epoch())))
 
     def notes(self) -> Iterator[str]:
         """What data and models decided for the user, in lines."""
@@ -179,10 +179,10 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
     _check_labels(recipe)
     data = builder(recipe.data.name)(recipe.data.root, **recipe.data.options)
     task = task_class(recipe.task.name)(data, **recipe.task.options)
-    student = build_side(recipe.student, data)
+    student = build_side(recipe.student, data, resizes=task.resizes)
     teacher = None
     if with_teacher and recipe.teacher is not None:
-        teacher = build_side(recipe.teacher, data)
+        teacher = build_side(recipe.teacher, data, resizes=task.resizes)
         _check_head(recipe, teacher)
     return Parts(recipe, data, task, student, teacher)
 
@@ -213,11 +213,23 @@ def _check_labels(recipe: Recipe) -> None:
         )
 
 
-def build_side(wanted: ModelRecipe, data: Data) -> Side:
-    """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order."""
+def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side:
+    """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order.
+
+    Args:
+        wanted: the model.
+        data: the data set that it is for.
+        resizes: pictures may be resized to what the model wants; else they keep their size.
+    """
     weights = _find_weights(wanted)
     wants = models.wants(wanted.model, weights.published)
-    size = wanted.size or (weights.told.get("size") or [None])[0] or wants.size
+    size = None
+    if resizes:
+        size = wanted.size or (weights.told.get("size") or [None])[0] or wants.size
+    elif wanted.size is not None:
+        raise UserError(
+            f"{wanted.model}: size={wanted.size}, but this task keeps the pictures' size; set data.crop_size"
+        )
     channels, height, width = data.image_shape
     shape = (wants.channels or channels, size or height, size or width)
     mean = wanted.mean or weights.told.get("mean") or wants.mean or data.mean

@@ -60,6 +60,7 @@ class Task(ABC):
         metric: the figure of merit, one of those that `metrics` computes; it picks the best epoch.
         metric_label: what tables call it.
         logits: taps of the model's output that are class scores, class axis first.
+        resizes: pictures may be resized to what a model wants.
 
     Args:
         data: the data set the task runs on.
@@ -69,6 +70,7 @@ class Task(ABC):
     metric_label: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     logits: ClassVar[tuple[str, ...]] = ("",)
+    resizes: ClassVar[bool] = True
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -92,6 +94,10 @@ class Task(ABC):
     def validity(self, batch: Batch) -> Tensor | None:
         """Where a loader's batch has something to learn from, `(B, H, W)` bool; None for everywhere."""
         return batch.valid
+
+    def sample(self, batch: Batch) -> Batch:
+        """A loader's test batch at the size at which models are tried and their cost is measured."""
+        return batch
 
     def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
         """Layers of the student and the teacher's that they learn from; None has them found."""

@@ -1,0 +1,123 @@
+"""segmentation-models-pytorch: `smp/unet:resnet34`, any architecture with any encoder, timm's `tu-` too."""
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffkd.errors import UserError, nearest
+from diffkd.models.base import Wants
+
+
+def build(
+    name: str,
+    *,
+    in_channels: int = 3,
+    image_size: tuple[int, ...] = (512, 512),
+    num_classes: int = 19,
+    **options: Any,
+) -> nn.Module:
+    """A segmentation model with fresh weights that gives logits `(B, K, H, W)`.
+
+    Args:
+        name: `ARCHITECTURE:ENCODER`, such as `deeplabv3plus:tu-mobilenetv3_small_050`.
+        in_channels: of the pictures.
+        image_size: told to encoders that take pictures of one size.
+        num_classes: K.
+        options: further arguments of the architecture.
+
+    Raises:
+        UserError: there is no such architecture or encoder (the nearest names are given), an option is
+            not taken, or the library is not installed.
+
+    >>> build("fpn:resnet18", num_classes=5).segmentation_head[0].out_channels
+    5
+    """
+    smp = _library()
+    architecture, encoder = _parse(name)
+    if _fixed_size(encoder) and "dynamic_img_size" not in options:
+        options = {"dynamic_img_size": True, **options}
+    try:
+        return smp.create_model(  # type: ignore[no-any-return]
+            architecture,
+            encoder,
+            encoder_weights=None,
+            in_channels=in_channels,
+            classes=num_classes,
+            **options,
+        )
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip("'\"").partition("\n")[0]
+        raise UserError(f"model 'smp/{name}' cannot be built: {reason}") from error
+
+
+def wants(name: str, weights: str | None) -> Wants:
+    """Pictures as they come."""
+    _parse(name)
+    return Wants()
+
+
+def encoder_state(name: str, weights: str) -> dict[str, Tensor]:
+    """Published weights of the encoder: "pretrained" for ImageNet's, or a name that the library knows.
+
+    Raises:
+        UserError: the encoder has no such weights, or they cannot be fetched.
+    """
+    encoder = _parse(name)[1]
+    wanted = "imagenet" if weights == "pretrained" else weights
+    try:
+        found = _library().encoders.get_encoder(encoder, weights=wanted)
+    except Exception as error:
+        reason = str(error).strip("'\" \n").partition("\n")[0]
+        raise UserError(f"encoder weights '{weights}' of 'smp/{name}' cannot be fetched: {reason}") from error
+    return found.state_dict()  # type: ignore[no-any-return]
+
+
+def names() -> list[str]:
+    """Architectures, each with one usual encoder; any other encoder goes with them too."""
+    try:
+        return [f"{architecture}:resnet34" for architecture in _architectures()]
+    except UserError:
+        return []
+
+
+def _library() -> ModuleType:
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise UserError(
+            "models 'smp/...' need segmentation-models-pytorch: pip install 'diffkd[segmentation]'"
+        ) from error
+    return smp  # type: ignore[no-any-return]
+
+
+def _architectures() -> list[str]:
+    return sorted(_library().MODEL_ARCHITECTURES_MAPPING)
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """Architecture and encoder, both of which exist."""
+    architecture, _, encoder = name.partition(":")
+    if architecture not in _architectures():
+        raise UserError(f"unknown model 'smp/{name}'{nearest(architecture, _architectures())}")
+    if not encoder:
+        raise UserError(
+            f"model 'smp/{name}' needs an encoder, such as 'smp/{name}:resnet34' or "
+            f"'smp/{name}:tu-mobilenetv3_small_050'"
+        )
+    known = _library().encoders.get_encoder_names()
+    if encoder.startswith("tu-"):
+        import timm
+
+        bare = encoder.removeprefix("tu-").partition(".")[0]
+        if not timm.is_model(bare):
+            near = nearest(bare, timm.list_models())
+            raise UserError(f"model 'smp/{name}': timm has no encoder '{bare}'{near}")
+    elif encoder not in known:
+        raise UserError(f"model 'smp/{name}': unknown encoder '{encoder}'{nearest(encoder, known)}")
+    return architecture, encoder
+
+
+def _fixed_size(encoder: str) -> bool:
+    """Whether a timm encoder takes pictures of one size unless told otherwise, as plain transformers do."""
+    return encoder.startswith(("tu-vit_", "tu-deit"))

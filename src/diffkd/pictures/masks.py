@@ -1,0 +1,293 @@
+"""Pictures with masks: paired by name, read, checked, counted."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as v2
+
+from diffkd.batch import Batch
+from diffkd.errors import UserError
+from diffkd.pictures.files import ENDINGS, IMAGENET_MEAN, IMAGENET_STD, decode
+from diffkd.pictures.joint import JointOptions, size_of
+from diffkd.pictures.options import quoted
+from diffkd.pictures.tables import ClassTable, Counts, colour_code, settle
+
+_LARGEST_CROP = 512  # pixels of a training view's side where nobody says another
+_SMALL = 1 << 16  # codes below are counted by bincount
+
+
+class Masked(Protocol):
+    """Pictures and the codes of their masks."""
+
+    def __len__(self) -> int: ...
+
+    def picture(self, index: int) -> Path:
+        """The picture's file."""
+        ...
+
+    def place(self, index: int) -> str:
+        """What an error calls the mask."""
+        ...
+
+    def codes(self, index: int) -> np.ndarray:
+        """What the mask holds, `(H, W)` int64: see `ClassTable`."""
+        ...
+
+
+class MaskFiles:
+    """Picture files and mask files of the same names beneath two folders.
+
+    Args:
+        pictures, masks: files, one a picture, in the same order.
+    """
+
+    def __init__(self, pictures: Sequence[Path], masks: Sequence[Path]) -> None:
+        # one block of bytes each: loader processes would copy a list of objects page by page
+        self._pictures, self._masks = (
+            np.array([os.fsencode(path) for path in paths], dtype=np.bytes_) for paths in (pictures, masks)
+        )
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def picture(self, index: int) -> Path:
+        """The picture's file."""
+        return Path(os.fsdecode(bytes(self._pictures[index])))
+
+    def place(self, index: int) -> str:
+        """The mask's file."""
+        return os.fsdecode(bytes(self._masks[index]))
+
+    def codes(self, index: int) -> np.ndarray:
+        """What the mask's file holds."""
+        return read_mask(Path(self.place(index)))
+
+    def part(self, places: np.ndarray) -> "MaskFiles":
+        """The pictures at some places."""
+        found = [int(i) for i in places]
+        return MaskFiles([self.picture(i) for i in found], [Path(self.place(i)) for i in found])
+
+
+def read_mask(place: Path) -> np.ndarray:
+    """The codes of a mask's file, `(H, W)` int64: values, indices of a palette, or colours.
+
+    A colour picture in which red, green and blue are alike everywhere is one of grey values.
+
+    Raises:
+        UserError: it cannot be read, is a JPEG (which invents colours), or holds fractions.
+    """
+    try:
+        with Image.open(place) as opened:
+            kind, mode = opened.format, opened.mode
+            values = np.asarray(opened.convert("RGB") if mode in ("RGBA", "PA", "CMYK") else opened)
+    except Exception as error:  # damaged files raise nearly anything
+        raise UserError(f"cannot read mask '{place}': {str(error).partition(chr(10))[0]}") from error
+    if kind == "JPEG":
+        raise UserError(f"mask '{place}' is a JPEG, which invents colours at every edge; save masks as PNG")
+    if values.dtype.kind == "f":
+        raise UserError(f"mask '{place}' holds fractions; save it with 8 or 16 bits")
+    if mode == "LA":
+        values = values[..., 0]
+    values = values.astype(np.int64)
+    if values.ndim == 2:
+        return values
+    red, green, blue = values[..., 0], values[..., 1], values[..., 2]
+    if (red == green).all() and (green == blue).all():
+        return np.asarray(red)
+    return np.asarray(colour_code(0, 0, 0) + (red << 16) + (green << 8) + blue)
+
+
+def pair_up(pictures: Path, masks: Path, suffix: str = "") -> MaskFiles:
+    """Pairs the pictures and the masks beneath two folders by their names without ending.
+
+    Args:
+        pictures: the folder of pictures, with folders in it or not.
+        masks: the folder of masks, of the same build.
+        suffix: that the masks' names end with in addition.
+
+    Raises:
+        UserError: one is missing, or stands for two.
+    """
+    ours, theirs = _by_name(pictures), _by_name(masks)
+    if not ours:
+        raise UserError(f"no pictures in '{pictures}'")
+    lonely = [path for name, path in ours.items() if name + suffix not in theirs]
+    if len(lonely) == len(ours) and theirs:
+        raise UserError(
+            f"no mask has the name of its picture: '{lonely[0]}' and '{next(iter(theirs.values()))}', say; "
+            "data.mask_suffix=TEXT says what masks' names end with"
+        )
+    if lonely:
+        raise UserError(f"no mask in '{masks}' for {quoted([str(path) for path in lonely])}")
+    spare = [path for name, path in theirs.items() if name.removesuffix(suffix) not in ours]
+    if spare:
+        raise UserError(f"no picture in '{pictures}' for the mask {quoted([str(path) for path in spare])}")
+    return MaskFiles(list(ours.values()), [theirs[name + suffix] for name in ours])
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """Picture files beneath a folder by their paths without ending, in order."""
+    found: dict[str, Path] = {}
+    for place in sorted(folder.rglob("*")):
+        hidden = any(part[0] == "." for part in place.relative_to(folder).parts)
+        if hidden or place.suffix.lower() not in ENDINGS:
+            continue
+        name = place.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise UserError(f"'{found[name]}' and '{place}' have one name: which is meant?")
+        found[name] = place
+    return found
+
+
+def scan(source: Masked) -> list[tuple[Counts, tuple[int, int]]]:
+    """Pixels by code of every mask, and its `(H, W)`; compared with the size of its picture.
+
+    Raises:
+        UserError: a mask cannot be read, or its size is not its picture's.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda index: _scan_one(source, index), range(len(source))))
+
+
+def _scan_one(source: Masked, index: int) -> tuple[Counts, tuple[int, int]]:
+    codes = source.codes(index)
+    picture, size = source.picture(index), (codes.shape[0], codes.shape[1])
+    if (found := upright_size(picture)) != size:
+        ours, theirs = (f"{height}x{width}" for height, width in (found, size))
+        raise UserError(f"'{picture}' has {ours} pixels, its mask '{source.place(index)}' {theirs}")
+    if codes.max(initial=0) < _SMALL:
+        numbers = np.bincount(codes.ravel())
+        present = np.flatnonzero(numbers)
+        return dict(zip(present.tolist(), numbers[present].tolist(), strict=True)), size
+    values, numbers = np.unique(codes, return_counts=True)
+    return dict(zip(values.tolist(), numbers.tolist(), strict=True)), size
+
+
+def upright_size(place: Path) -> tuple[int, int]:
+    """`(H, W)` of a picture's file, upright as its EXIF orientation says, from its first bytes.
+
+    Raises:
+        UserError: it is no picture.
+    """
+    try:
+        with Image.open(place) as opened:
+            width, height = opened.size
+            lies = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception as error:
+        raise UserError(f"cannot read picture '{place}': {str(error).partition(chr(10))[0]}") from error
+    return (width, height) if lies else (height, width)
+
+
+class MaskedPictures:
+    """Map-style samples `(image (3, H, W) uint8, label map (H, W) int64)`, 255 for void.
+
+    Args:
+        source: the pictures and their masks.
+        table: what the masks mean.
+        view: changes picture and mask together; None leaves them.
+    """
+
+    def __init__(self, source: Masked, table: ClassTable, view: Callable[[Any], Any] | None = None) -> None:
+        self.source, self.table, self.view = source, table, view
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One sample.
+
+        Raises:
+            UserError: the picture or the mask cannot be read.
+        """
+        place = self.source.picture(index)
+        image = v2.pil_to_tensor(decode(place, str(place)))
+        mask = torch.from_numpy(self.table.labels(self.source.codes(index)))
+        sample = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
+        if self.view is not None:
+            sample = self.view(sample)
+        return sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor).long()
+
+
+def stack_or_list(samples: list[tuple[Tensor, Tensor]]) -> Batch:
+    """A Batch of samples: tensors where all have one size, else lists.
+
+    >>> small, large = (torch.zeros(3, s, s) for s in (4, 6))
+    >>> type(stack_or_list([(small, small[0]), (large, large[0])]).images).__name__
+    'list'
+    """
+    images, masks = (list(part) for part in zip(*samples, strict=True))
+    if len({image.shape for image in images}) > 1:
+        return Batch(images, masks)
+    return Batch(torch.stack(images), torch.stack(masks))
+
+
+def masked_splits(
+    train: Masked,
+    test: Masked,
+    options: JointOptions,
+    *,
+    names: Sequence[str] | None,
+    codes: Mapping[int, int] | None = None,
+    ignore: int | None = None,
+) -> dict[str, Any]:
+    """What a data set of pictures and masks is, by the fields of `diffkd.data.base.Data`.
+
+    Every mask is read once: codes and sizes are checked, and the pixels of each class counted.
+
+    Args:
+        train: the pictures to train on and their masks.
+        test: those to test on.
+        options: how training pictures are changed.
+        names: of the classes; None takes the masks' values.
+        codes: what the masks' codes mean; None takes value i for class i.
+        ignore: the value that is void where no class has it.
+
+    Raises:
+        UserError: a file is damaged, sizes differ, or a mask holds a code that means nothing.
+    """
+    scans = [scan(source) for source in (train, test)]
+    places = [source.place(i) for source in (train, test) for i in range(len(source))]
+    counts = [found for scanned in scans for found, _ in scanned]
+    table, notes = settle(names, codes, counts, places, ignore)
+    sums = [sum((Counter(found) for found, _ in scanned), Counter[int]()) for scanned in scans]
+    height, width = Counter(size for _, size in scans[0]).most_common(1)[0][0]
+    size = min(height, _LARGEST_CROP), min(width, _LARGEST_CROP)
+    if options.crop_size is not None:
+        size = size_of(options.crop_size, "data.crop_size")
+    notes = (*notes, table.told(sums[0]), *_sparse(table, *sums))
+    notes += (f"training views of {size[0]}x{size[1]} out of pictures of {height}x{width}, as most are",)
+    return {
+        "train": MaskedPictures(train, table, options.view(size)),
+        "test": MaskedPictures(test, table),
+        "num_classes": len(table.names),
+        "image_shape": (3, *size),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "class_names": table.names,
+        "collate": stack_or_list,
+        "notes": notes,
+    }
+
+
+def _sparse(table: ClassTable, train: Counts, test: Counts) -> list[str]:
+    """What is to be said of classes that a split lacks."""
+    there = [{table.codes[code] for code, pixels in found.items() if pixels} for found in (train, test)]
+    kinds = {
+        "only the test masks show": there[1] - there[0],
+        "only the training masks show": there[0] - there[1],
+        "no mask shows": set(range(len(table.names))) - there[0] - there[1],
+    }
+    return [
+        f"{what} {quoted([table.names[i] for i in sorted(found) if i < len(table.names)], 8)}"
+        for what, found in kinds.items()
+        if any(i < len(table.names) for i in found)
+    ]

@@ -1,0 +1,217 @@
+"""Class tables of masks: which value or colour of a mask's pixel means which class."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffkd.errors import UserError
+from diffkd.pictures.joint import VOID
+from diffkd.pictures.options import quoted
+
+_VOID_NAMES = ("void", "ignore")
+_MOST = 255  # classes, for 255 is void
+_RGB = 1 << 24  # added to a colour's code, so that it is not taken for a grey value
+
+Counts = Mapping[int, int]  # pixels by code
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """What the codes in masks mean.
+
+    A code is a grey value, an index of a palette, a 16-bit value, or a colour (see `colour_code`).
+
+    Attributes:
+        names: of the classes, in their order.
+        codes: class of each code; 255 for void.
+    """
+
+    names: tuple[str, ...]
+    codes: Mapping[int, int]
+
+    def labels(self, codes: np.ndarray) -> np.ndarray:
+        """Classes `(H, W)` uint8 of a mask's codes `(H, W)`; a code that means nothing is void.
+
+        >>> ClassTable(("ground", "road"), {0: 0, 7: 1}).labels(np.array([[0, 7, 255]])).tolist()
+        [[0, 1, 255]]
+        """
+        known = np.array(sorted(self.codes), np.int64)
+        classes = np.array([self.codes[code] for code in known.tolist()], np.uint8)
+        places = np.searchsorted(known, codes).clip(max=len(known) - 1)
+        return np.where(known[places] == codes, classes[places], VOID).astype(np.uint8)
+
+    def told(self, pixels: Counts) -> str:
+        """Which code got which name, and each class's share of some pixels, in words."""
+        total = max(sum(pixels.values()), 1)
+        parts = []
+        for label, name in [*enumerate(self.names), (VOID, "void")]:
+            codes = [code for code, found in self.codes.items() if found == label]
+            share = sum(pixels.get(code, 0) for code in codes) / total
+            if codes:
+                parts.append(f"{'/'.join(map(code_name, codes))} = {name} {100 * share:.2g} %")
+        return "mask values and their share of the training pixels: " + ", ".join(parts)
+
+
+def colour_code(red: int, green: int, blue: int) -> int:
+    """The code of a colour, each part 0 to 255.
+
+    >>> code_name(colour_code(128, 64, 0))
+    '(128, 64, 0)'
+    """
+    return _RGB | red << 16 | green << 8 | blue
+
+
+def code_name(code: int) -> str:
+    """A code as people write it: the value, or the colour's parts."""
+    return str(code) if code < _RGB else str((code >> 16 & 255, code >> 8 & 255, code & 255))
+
+
+def is_colour(code: int) -> bool:
+    """Whether a code is a colour's."""
+    return code >= _RGB
+
+
+def read_table(place: Path) -> tuple[tuple[str, ...], dict[int, int] | None]:
+    """The names of a file's classes, and what its codes mean; None where it says names alone.
+
+    One class a line: its name; or the value and the name; or red, green, blue and the name; separated by
+    spaces or commas. Classes are numbered in their order; lines of one name are one class; the names
+    `void` and `ignore` are no classes.
+
+    Raises:
+        UserError: the file cannot be read, or its lines are not alike.
+    """
+    try:
+        lines = [line.strip() for line in place.read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{place}' cannot be read as a list of classes: {error}") from error
+    rows = [_row(line) for line in lines if line and not line.startswith("#")]
+    if len(rows) > 1 and not rows[0][0] and rows[1][0]:
+        rows = rows[1:]  # a header
+    if not rows:
+        raise UserError(f"'{place}' names no classes")
+    kinds = {len(numbers) for numbers, _ in rows}
+    if len(kinds) > 1 or not kinds <= {0, 1, 3}:
+        raise UserError(
+            f"'{place}': every line needs a name, a value and a name, or three parts of a colour and a name"
+        )
+    for numbers, name in rows:
+        if not name or (len(numbers) == 3 and not all(0 <= n <= 255 for n in numbers)):
+            line = " ".join([*map(str, numbers), name])
+            raise UserError(f"'{place}': the line '{line}' has no name, or no colour of 0 to 255")
+    names = tuple(dict.fromkeys(name for _, name in rows if name.lower() not in _VOID_NAMES))
+    if kinds == {0}:
+        return tuple(name for _, name in rows), None
+    codes: dict[int, int] = {}
+    for numbers, name in rows:
+        code = numbers[0] if len(numbers) == 1 else colour_code(*numbers)
+        if code in codes:
+            raise UserError(f"'{place}' names {code_name(code)} twice")
+        codes[code] = names.index(name) if name in names else VOID
+    return names, codes
+
+
+def _row(line: str) -> tuple[list[int], str]:
+    """The numbers of a line and its name."""
+    if "," in line:
+        fields = [field.strip() for field in line.split(",")]
+        numbers = [int(field) for field in fields if field.isdecimal()]
+        return numbers, " ".join(field for field in fields if not field.isdecimal())
+    fields = line.split()
+    count = next((i for i, field in enumerate(fields) if not field.isdecimal()), len(fields))
+    return [int(field) for field in fields[:count]], " ".join(fields[count:])
+
+
+def settle(
+    names: Sequence[str] | None,
+    codes: Mapping[int, int] | None,
+    found: Sequence[Counts],
+    places: Sequence[str],
+    ignore: int | None = VOID,
+) -> tuple[ClassTable, tuple[str, ...]]:
+    """The table of a data set's masks, checked against every code in them, and what was decided.
+
+    Args:
+        names: of the classes; None where nobody says.
+        codes: what the codes mean; None takes value i for class i.
+        found: pixels by code, of every mask.
+        places: of every mask, as errors call it.
+        ignore: the value that is void where no class has it.
+
+    Raises:
+        UserError: a mask holds a code that means nothing, or there are too few or too many classes.
+    """
+    present = {code for counts in found for code in counts}
+    notes: tuple[str, ...] = ()
+    if names is not None and len(names) < 2:
+        raise UserError(f"data.classes names {len(names)} class(es), segmentation needs 2 at least")
+    if names is None:
+        names = _counted(present, ignore, places, found)
+        gaps = [str(value) for value in range(len(names)) if value not in present]
+        notes = (f"no class names: values 0 to {len(names) - 1} are the classes",)
+        notes += (f"no mask holds the value {', '.join(gaps)}",) if gaps else ()
+    if len(names) > _MOST:
+        raise UserError(f"{len(names)} classes: masks can tell {_MOST} at most")
+    if codes is None:
+        codes = {i: i for i in range(len(names))}
+        if len(names) == 2 and 255 in present and present <= {0, 255}:
+            codes = {0: 0, 255: 1}
+            notes += (f"binary masks: 0 is '{names[0]}', 255 is '{names[1]}', nothing is void",)
+    if ignore is not None:
+        if codes.get(ignore, VOID) != VOID:
+            notes += (f"the value {ignore} is the class '{names[codes[ignore]]}', not void",)
+        codes = {ignore: VOID, **codes}
+    _check_codes(names, codes, found, places)
+    return ClassTable(tuple(names), codes), notes
+
+
+def _counted(
+    present: set[int], ignore: int | None, places: Sequence[str], found: Sequence[Counts]
+) -> tuple[str, ...]:
+    """Names of the classes where nobody says any: their values."""
+    colours = sorted(code for code in present if is_colour(code))
+    if colours:
+        where = next(place for place, counts in zip(places, found, strict=True) if colours[0] in counts)
+        shown = ", ".join(map(code_name, colours[:3]))
+        raise UserError(
+            f"masks are coloured ('{where}': {shown}, ...): data.classes=FILE says what each colour means, "
+            "one 'red green blue name' a line"
+        )
+    if present <= {0, 255}:
+        raise UserError(
+            "masks hold the values 0 and 255 alone; name both: data.classes=[background,object]"
+            if 255 in present
+            else "masks hold the value 0 alone: there is nothing to tell apart"
+        )
+    highest = max((code for code in present if code != ignore), default=0)
+    if highest >= _MOST:
+        raise UserError(
+            f"masks hold values up to {highest}: data.classes=FILE says what they mean, "
+            "one 'value name' a line"
+        )
+    return tuple(str(value) for value in range(highest + 1))
+
+
+def _check_codes(
+    names: Sequence[str], codes: Mapping[int, int], found: Sequence[Counts], places: Sequence[str]
+) -> None:
+    """Refuses the first mask with a code that means nothing."""
+    for place, counts in zip(places, found, strict=True):
+        for code, pixels in counts.items():
+            if code in codes:
+                continue
+            coloured = is_colour(code)
+            known = quoted([code_name(c) for c in codes if is_colour(c) == coloured])
+            if coloured and not known:
+                raise UserError(
+                    f"mask '{place}' is coloured ({code_name(code)} in {pixels} pixels), but the classes "
+                    "have no colours; give a file of 'red green blue name' lines: data.classes=FILE"
+                )
+            what = "colour" if coloured else "value"
+            raise UserError(
+                f"mask '{place}' holds the {what} {code_name(code)} in {pixels} pixels, which is none of the "
+                f"{len(names)} classes ({known or 'all of them colours'}) and not void; data.classes=FILE "
+                f"says what {what}s mean, data.ignore_index=VALUE which is void"
+            )

@@ -1,0 +1,88 @@
+"""Whole runs on pictures with masks: distilled, evaluated, stopped and gone on with."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mask_cases import save, scene, street
+
+MODELS = ["teacher=smp/unet:resnet18", "teacher.train=null", "student=smp/unet:tu-mobilenetv3_small_050"]
+RUN = ["trainer.accelerator=cpu", "trainer.threads=1", "method.diffkd.num_steps=2", "data.workers=0"]
+SHORT = [*MODELS, *RUN, "data.batch_size=3", "trainer.epochs=2"]
+
+
+def distil(diffkd, root, *words, output="a"):
+    status, out, err = diffkd("distill", "masks", f"data.root={root}", *SHORT, f"output={output}", *words)
+    assert status == 0, err
+    return out, err
+
+
+def test_a_folder_of_pictures_and_masks(diffkd, tmp_path):
+    _, err = distil(diffkd, street(tmp_path / "street", splits=("train", "val", "test")))
+    assert "tested on 'val', not on 'test'" in err
+    assert "0 = 0 " in err
+    assert "255 = void" in err
+    assert "training views of 32x48" in err
+    assert "student decoder (16, 32, 64) <- teacher decoder (16, 32, 64)" in err
+    assert "segmentation_head.0 (3, 32, 64)" in err
+    status, said, _ = diffkd("evaluate", "a")
+    assert status == 0
+    assert said.count("as recorded") == 2
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["metric"] == "miou"
+    assert len(summary["arrays"]["iou"]) == 3
+    assert np.shape(summary["arrays"]["confusion"]) == (3, 3)
+    masks = 6 * 32 * 48 - 6 * 5
+    assert np.sum(summary["arrays"]["confusion"]) == masks
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(diffkd, tmp_path, monkeypatch):
+    from diffkd.training.trainer import Trainer
+
+    root = street(tmp_path / "street")
+    distil(diffkd, root, output="whole")
+    saved, step = [], Trainer._step
+
+    def dies(self, batch, place, updates):
+        if place.step == 3:
+            raise KeyboardInterrupt
+        return step(self, batch, place, updates)
+
+    words = [f"data.root={root}", *SHORT, "output=cut", "trainer.save_every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", dies)
+        status, _, _ = diffkd("distill", "masks", *words)
+        assert status != 0
+    status, _, err = diffkd("distill", "masks", *words, "resume=true")
+    assert status == 0, err
+    saved = [(tmp_path / run / "student/model.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert saved[0] == saved[1]
+
+
+def test_binary_masks_of_0_and_255_with_grey_pictures(diffkd, tmp_path):
+    random = np.random.default_rng(0)
+    for i in range(8):
+        picture, mask = scene(random, classes=2)
+        save(tmp_path / f"lesions/images/{i}.png", picture.mean(2).astype(np.uint8))
+        save(tmp_path / f"lesions/masks/{i}.png", np.where(mask == 1, 255, 0).astype(np.uint8))
+    words = ["data.classes=[background,lesion]", "data.val_fraction=0.25", "trainer.max_steps=2"]
+    _, err = distil(diffkd, tmp_path / "lesions", *words)
+    assert "0 is 'background', 255 is 'lesion', nothing is void" in err
+    assert "2 of its 8 pictures held out" in err
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["class_names"] == ["background", "lesion"]
+    assert np.sum(summary["arrays"]["confusion"]) == 2 * 32 * 48
+
+
+@pytest.mark.parametrize("kind", ["large", "unequal"])
+def test_pictures_larger_than_the_views(kind, diffkd, tmp_path):
+    root = street(tmp_path / "street", size=(40, 64))
+    if kind == "unequal":
+        picture, mask = scene(np.random.default_rng(5), size=(50, 40))
+        save(root / "images/val/0.jpg", picture)
+        save(root / "masks/val/0.png", mask)
+    _, err = distil(diffkd, root, "data.crop_size=32", "trainer.max_steps=1")
+    assert "training views of 32x32 out of pictures of 40x64" in err
+    assert "student decoder (16, 32, 32)" in err
+    assert "as recorded" in diffkd("evaluate", "a")[1]
