@@ -2,7 +2,7 @@
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,11 @@ from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.methods.base import method_class
 from diffkd.models import base as models
+from diffkd.models.freeze import freeze
 from diffkd.models.measure import Cost, cost
 from diffkd.models.weights import description, is_local, load_state, read_weights
 from diffkd.pictures.memory import mix_batch
-from diffkd.recipe.schema import ModelRecipe, Recipe, check_options
+from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
 from diffkd.tasks.base import Figures, Task, task_class
 
 AVAILABLE = "available"  # published weights where they can be fetched
@@ -33,6 +34,7 @@ class Side:
         notes: what was decided for the user, one line each.
         weights: where its weights come from.
         fresh_head: its weights were made for other classes, so that its class scores mean nothing yet.
+        frozen: layers that stay in evaluation mode while it trains.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Side:
     notes: list[str] = field(default_factory=list)
     weights: str | None = None
     fresh_head: bool = False
+    frozen: tuple[nn.Module, ...] = ()
 
     def to(self, device: torch.device) -> "Side":
         """Moves the model and its preparation to a device."""
@@ -142,7 +145,7 @@ class Parts:
 
     def step(self, distiller: Distiller) -> "Step":
         """One training step as a module."""
-        return Step(distiller, self.recipe.task.weight)
+        return Step(distiller, self.recipe.task.weight, self.student.frozen)
 
     def cost(self, side: Side) -> Cost:
         """What one model costs, measured on one test image."""
@@ -152,11 +155,25 @@ class Parts:
 
 
 class Step(nn.Module):
-    """One training step as one forward pass: distillation and supervised losses of a batch."""
+    """One training step as one forward pass: distillation and supervised losses of a batch.
 
-    def __init__(self, distiller: Distiller, task_weight: float) -> None:
+    Args:
+        distiller: of student, teacher and methods.
+        task_weight: of the supervised losses.
+        frozen: the student's layers that stay in evaluation mode in `train()` too.
+    """
+
+    def __init__(self, distiller: Distiller, task_weight: float, frozen: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.distiller, self.task_weight = distiller, task_weight
+        self._frozen = tuple(frozen)
+
+    def train(self, mode: bool = True) -> "Step":
+        """Sets training mode, but for what is frozen."""
+        super().train(mode)
+        for module in self._frozen:
+            module.train(False)
+        return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named losses, weighted."""
@@ -250,6 +267,8 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
         )
         side.weights, side.fresh_head = weights.published or wanted.weights, loaded.fresh_head
         side.notes.append(loaded.note)
+    section = "teacher" if isinstance(wanted, TeacherRecipe) else "student"
+    side.frozen = freeze(model, wanted.freeze, wanted.freeze_norm, section)
     return side
 
 

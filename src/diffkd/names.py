@@ -91,7 +91,7 @@ def source_of(name: str) -> bytes:
 
 
 # Files of a room that serve the others there and are not among its choices.
-SUPPORT = ("base", "detectors", "measure", "weights")
+SUPPORT = ("base", "freeze", "detectors", "measure", "weights")
 
 
 def submodules(package: str) -> list[str]:

@@ -139,7 +139,7 @@ _NAMED |= {"teacher": "model", "student": "model"}
 _GENERIC = {
     "task": {"weight"},
     "data": {"batch_size", "eval_batch_size", "workers"},
-    "optimizer": {"lr", "weight_decay"},
+    "optimizer": {"lr", "weight_decay", "no_decay", "lr_factors"},
     "schedule": {"warmup_epochs", "warmup_steps"},
     "teacher": {"train", "weights"},
     "student": {"weights"},

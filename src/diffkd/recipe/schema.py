@@ -63,6 +63,8 @@ class ModelRecipe(Section):
             `available` takes the published ones where they can be fetched, and says which it took.
         options: further arguments of the model, such as `{drop_path_rate: 0.2}`.
         mean, std: on the scale 0 to 1; size: the pixels that pictures are resized to.
+        freeze: paths of layers that are not trained: out of the optimizer, and in evaluation mode.
+        freeze_norm: whether batch normalisation keeps its statistics and weights as they come.
     """
 
     model: str
@@ -71,6 +73,8 @@ class ModelRecipe(Section):
     mean: list[float] | None = None
     std: list[Positive] | None = None
     size: Count | None = None
+    freeze: list[str] = Field(default_factory=list)
+    freeze_norm: bool = False
 
 
 class MethodRecipe(OpenSection):
@@ -165,6 +169,9 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     3
     """
     content, place = read_layers(name, overrides)
+    if (place.parent / "checkpoints").is_dir() and isinstance(content.get("optimizer"), dict):
+        # a run's own recipe: before weights were told apart, everything decayed
+        content["optimizer"].setdefault("no_decay", "none")
     if content.get("resume") and not content.get("output") and (place.parent / "checkpoints").is_dir():
         content["output"] = str(place.parent)  # a run's own recipe.yaml
     return _validate(content, str(place) if not overrides else f"{place} with the command line")

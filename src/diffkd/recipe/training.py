@@ -8,10 +8,21 @@ from diffkd.recipe.base import Count, NotNegative, Positive, Section, Share
 
 
 class Optimizer(Section):
-    """What all optimizers share."""
+    """What all optimizers share.
+
+    Attributes:
+        no_decay: which weights `weight_decay` leaves alone. `auto`: those of norms, biases, all of one axis,
+            tables of positions, and what a model's `no_weight_decay()` names; `none`: it decays
+            everything; a list: layers by path, and `auto` among them for those too.
+        lr_factors: by path, what the learning rate of a layer and all in it is multiplied by; the
+            longest path counts. The student's layers have their own paths, a method's begin with
+            `method.`
+    """
 
     lr: Positive
     weight_decay: NotNegative = 0.0
+    no_decay: Literal["auto", "none"] | list[str] = "auto"
+    lr_factors: dict[str, Positive] = Field(default_factory=dict)
 
 
 class Sgd(Optimizer):

@@ -28,7 +28,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_outputs(parts, sample)
     distiller, warnings = parts.distiller(sample)
     step = parts.step(distiller)
-    optimizer = build_optimizer(recipe.optimizer, step.parameters())
+    optimizer = build_optimizer(recipe.optimizer, step)
     batch = next(iter(parts.loader(parts.data.train, shuffle=True).epoch()))
     step.train()
     saved = SavedBytes()

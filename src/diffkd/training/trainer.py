@@ -85,7 +85,7 @@ class Trainer:
         if parts.teacher is not None:
             parts.teacher.to(fabric.device)
         self.plain = step
-        self.step, self.optimizer = fabric.setup(step, build_optimizer(recipe.optimizer, step.parameters()))
+        self.step, self.optimizer = fabric.setup(step, build_optimizer(recipe.optimizer, step))
         # What a model holds on purpose (a mask of minus infinities, say) says nothing of training.
         self._never_finite = set(not_finite(lasting(step)))
 
