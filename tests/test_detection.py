@@ -10,6 +10,7 @@ from torch import nn
 import box_files
 from diffkd.assembly import assemble
 from diffkd.batch import Batch
+from diffkd.errors import UserError
 from diffkd.maths.precision import BoxPrecision, coco_precision
 from diffkd.models.base import build
 from diffkd.recipe.schema import load
@@ -238,3 +239,35 @@ def test_voc_precision_by_hand():
     assert figures["voc_ap50"].item() == pytest.approx(0.5)
     assert figures["ap_per_class"].isnan().tolist() == [False, True]
     assert "ap_large" not in figures
+
+
+# --- weights and class scores ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["retinanet:timm/test_resnet", "fasterrcnn:timm/test_resnet"])
+def test_weights_for_other_classes_leave_the_head_fresh(name):
+    from diffkd.models.weights import load_state
+
+    ours, theirs = (
+        build(f"torchvision/{name}", num_classes=k, image_shape=(3, 64, 64), options={"channels": 32})
+        for k in (2, 20)
+    )
+    loaded = load_state(ours, theirs.state_dict(), "theirs", name=name, num_classes=2)
+    assert loaded.fresh_head
+    assert "for 2 classes" in loaded.note
+    assert torch.equal(ours.backbone.body.conv1[0].weight, theirs.backbone.body.conv1[0].weight)
+
+
+def test_class_scores_of_the_heads_are_distilled(tmp_path):
+    root = box_files.coco(tmp_path, COUNTS)
+    words = [*WORDS[1:-1], "method=kd", f"data.root={root}", "task.scores=true"]
+    parts = assemble(load(WORDS[0], words))
+    distiller, _ = parts.distiller(parts.sample(2))
+    [pair] = [pair for pair in distiller.pairs if pair.is_logits]
+    assert pair.student.shape == pair.teacher.shape == (3, 9 * (64 + 16 + 4))
+    losses = distiller.train()(next(iter(parts.loader(parts.data.train, shuffle=True).epoch())))
+    [loss] = losses.values()
+    assert loss.requires_grad
+    one = assemble(load(WORDS[0], [*words, "student.options={channels: 32, levels: [3, 6]}"]))
+    with pytest.raises(UserError, match="same head and levels"):
+        one.distiller(one.sample(2))

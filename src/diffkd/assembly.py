@@ -200,16 +200,16 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
     teacher = None
     if with_teacher and recipe.teacher is not None:
         teacher = build_side(recipe.teacher, data, resizes=task.resizes)
-        _check_head(recipe, teacher)
+        _check_head(recipe, task, teacher)
     return Parts(recipe, data, task, student, teacher)
 
 
-def _check_head(recipe: Recipe, teacher: Side) -> None:
+def _check_head(recipe: Recipe, task: Task, teacher: Side) -> None:
     """Refuses class scores of a teacher whose classifier was never trained."""
     assert recipe.teacher is not None
     if not teacher.fresh_head or recipe.teacher.train is not None:
         return
-    tapped = recipe.taps is None or "" in recipe.taps.values()
+    tapped = bool(task.logits) if recipe.taps is None else "" in recipe.taps.values()
     logits = [name for name in recipe.method if tapped and method_class(name).uses_logits]
     if logits:
         raise UserError(

@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,31 @@ def load_state(
     model.load_state_dict({k: v for k, v in found.items() if k not in head}, strict=False)
     note = f"{source}: {len(found) - len(head)} of {len(wanted)} tensors"
     if head:
-        note += f"; fresh head ({', '.join(head)}) for {num_classes} instead of {len(found[head[0]])} classes"
+        theirs, ours = len(found[head[0]]), len(wanted[head[0]])
+        said = f"{num_classes} instead of {theirs}" if ours == num_classes else f"{num_classes}"
+        note += f"; fresh head ({', '.join(head)}) for {said} classes"
     return Loaded(note, bool(head))
 
 
 def _other_head(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], num_classes: int | None
 ) -> list[str]:
-    """Keys of a classifier of another size: all else alike, and as many outputs as there are classes."""
+    """Keys of a classifier of another size: all else alike, and as many outputs as there are classes.
+
+    A detector has so many of its classes and the ground, for every anchor and every side of a box.
+    """
     keys = [k for k in found if k in wanted and found[k].shape != wanted[k].shape]
-    fits = all(
-        wanted[k].dim() and len(wanted[k]) == num_classes and found[k].shape[1:] == wanted[k].shape[1:]
-        for k in keys
-    )
-    return keys if fits and len({len(found[k]) for k in keys}) == 1 else []
+    if num_classes is None or any(
+        not wanted[k].dim() or found[k].shape[1:] != wanted[k].shape[1:] for k in keys
+    ):
+        return []
+    sizes = {(len(found[k]), len(wanted[k])) for k in keys}
+    if len(sizes) == 1 and all(ours == num_classes for _, ours in sizes):
+        return keys
+    ground = num_classes + 1
+    whole = all(ours % ground == 0 for _, ours in sizes)
+    classes = {Fraction(theirs * ground, ours) for theirs, ours in sizes}
+    return keys if whole and len(classes) == 1 and min(classes).denominator == 1 else []
 
 
 def _misfit(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:

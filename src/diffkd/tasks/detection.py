@@ -17,6 +17,7 @@ from diffkd.errors import UserError
 from diffkd.maths.precision import BoxPrecision
 from diffkd.tasks.base import Task
 
+_SCORES = "head.classification_head"  # gives (B, places and anchors, K + 1)
 Detections = list[dict[str, Tensor]]
 _SURE = 0.5  # score from which a teacher's answer stands for the truth
 
@@ -46,7 +47,6 @@ class Detection(Task):
 
     metric = "ap"
     metric_label = "AP"
-    logits = ()
 
     def __init__(self, data: Data, *, divisor: int = 32, scores: bool = False) -> None:
         super().__init__(data)
@@ -55,6 +55,7 @@ class Detection(Task):
         if divisor < 1:
             raise UserError(f"task.divisor={divisor}: needs at least 1")
         self.num_classes, self.divisor, self.scores = data.num_classes, divisor, scores
+        self.logits = (_SCORES,) if scores else ()  # type: ignore[misc]
         self.metrics()  # what it needs is missed now, not after an epoch
 
     # --- pictures ----------------------------------------------------------------------------------
@@ -87,10 +88,28 @@ class Detection(Task):
     # --- models ------------------------------------------------------------------------------------
 
     def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
-        """The levels of both pyramids; with `scores`, the heads' class scores."""
+        """The levels of both pyramids; with `scores`, the heads' class scores.
+
+        Raises:
+            UserError: class scores are wanted, and the two heads do not give them for the same places.
+        """
+        levels = {"backbone": "backbone"}
         if not all(hasattr(model, "backbone") for model in (student, teacher)):
             return None
-        return {"backbone": "backbone"}
+        if not self.scores:
+            return levels
+        places = {what: _dense(m) for what, m in (("student", student), ("teacher", teacher))}
+        for what, found in places.items():
+            if found is None:
+                raise UserError(
+                    f"task.scores: the {what} has no class scores at every place, as RetinaNet and FCOS do"
+                )
+        if places["student"] != places["teacher"]:
+            raise UserError(
+                f"task.scores: anchors a place by level are {places['student']} (student) and "
+                f"{places['teacher']} (teacher); give both the same head and levels"
+            )
+        return levels | {f"{_SCORES}@BLC": f"{_SCORES}@BLC"}
 
     def train(self, student: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
         """The detector's own losses."""
@@ -202,6 +221,14 @@ def _as_answer(found: Mapping[str, Tensor], frame: Any) -> dict[str, Tensor]:
         boxes = boxes * boxes.new_tensor([across, down, across, down])
     keep = labels > 0
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep] - 1}
+
+
+def _dense(model: nn.Module) -> list[int] | None:
+    """Anchors a place of each level, of a model that gives class scores for all of them."""
+    head, anchors = getattr(model, "head", None), getattr(model, "anchor_generator", None)
+    if not hasattr(head, "classification_head") or anchors is None:
+        return None
+    return list(anchors.num_anchors_per_location())
 
 
 def _watched(module: nn.Module) -> bool:
