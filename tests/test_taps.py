@@ -1,6 +1,8 @@
 """Features out of any module: layouts, entries, mistakes."""
 
+import collections
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_layouts_come_out_channels_first(function, layer, shape):
     taps, shapes = probe(model, [layer], IMAGES)
     name = layer.partition("@")[0]
     assert shapes == {name: shape}
-    model(torch.cat([IMAGES, IMAGES]))
+    taps.collect(lambda: model(torch.cat([IMAGES, IMAGES])))
     assert taps.read()[name].shape == (4, *shape)
 
 
@@ -88,7 +90,7 @@ def test_tokens_keep_their_order_as_a_map():
     model.layer[1].weight.data.copy_(torch.eye(5))
     model.layer[1].bias.data.zero_()
     taps, _ = probe(model, ["layer"], IMAGES)
-    model(IMAGES)
+    taps.collect(lambda: model(IMAGES))
     torch.testing.assert_close(taps.read()["layer"][0, 0], grid[0])
 
 
@@ -97,7 +99,7 @@ def test_another_image_size_gives_another_grid():
     model = nn.Sequential(net, _Function(lambda x: x.mean(1)))
     taps, shapes = probe(model, ["0"], torch.rand(2, 3, 16, 24))
     assert shapes["0"] == (8, 4, 6)
-    model(torch.rand(3, 3, 32, 48))
+    taps.collect(lambda: model(torch.rand(3, 3, 32, 48)))
     assert taps.read()["0"].shape == (3, 8, 8, 12)
 
 
@@ -108,7 +110,8 @@ def test_activations_take_their_layout_from_the_layer_before():
     assert probe(linear, ["2"], torch.rand(2, 3, 16, 16))[1] == {"2": (16, 16, 16)}
     taps, _ = probe(linear, ["2"], torch.rand(2, 3, 16, 16))
     images = torch.rand(1, 3, 16, 16)
-    torch.testing.assert_close(linear(images).permute(0, 3, 1, 2), taps.read()["2"])
+    output = taps.collect(lambda: linear(images))
+    torch.testing.assert_close(output.permute(0, 3, 1, 2), taps.read()["2"])
 
 
 @pytest.mark.parametrize(
@@ -137,22 +140,29 @@ def test_gradients_pass_and_copies_stay_apart():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     taps, _ = probe(model, ["0"], IMAGES)
     pair = copy.deepcopy((model, taps))
-    model(IMAGES)
+    taps.collect(lambda: model(IMAGES))
     taps.read()["0"].sum().backward()
     assert model[0].weight.grad is not None
-    pair[0](IMAGES[:1])
+    pair[1].collect(lambda: pair[0](IMAGES[:1]))
     assert pair[1].read()["0"].shape[0] == 1
     with pytest.raises(UserError, match="did not run"):
         taps.read()
 
 
-def test_taps_made_before_compile_fire_after_it():
+@pytest.mark.parametrize("first", ["with hooks", "without"])
+def test_compiled_models_are_tapped_whatever_ran_first(first):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     taps, _ = probe(model, ["0"], IMAGES)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
     expected = model[0](IMAGES)
-    compiled(IMAGES)
-    torch.testing.assert_close(taps.read()["0"], expected)
+    model.compile(backend="eager", fullgraph=True)
+    if first == "without":
+        model(IMAGES)
+    for _ in range(2):
+        taps.collect(lambda: model(IMAGES))
+        torch.testing.assert_close(taps.read()["0"], expected)
+        model(IMAGES)
+        with pytest.raises(UserError, match="did not run"):
+            taps.read()
 
 
 def test_a_tap_without_gradient_is_known():
@@ -170,10 +180,62 @@ def test_a_dry_run_leaves_no_trace():
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_removed_taps_stay_silent():
+def test_hooks_are_on_while_the_model_is_collected_from_and_never_else():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    handle = model[0].register_forward_hook(lambda *_: None)
     taps, _ = probe(model, ["0"], IMAGES)
-    taps.remove()
-    model(IMAGES)
-    with pytest.raises(UserError, match="did not run"):
-        taps.read()
+
+    def fail():
+        assert len(model[0]._forward_hooks) == 2
+        raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        taps.collect(fail)
+    assert len(model[0]._forward_hooks) == 1
+    handle.remove()
+    assert not model[0]._forward_hooks
+
+
+class Answer:
+    def __init__(self, logits):
+        self.logits, self.name = logits, "scores"
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+Named = collections.namedtuple("Named", ["logits", "aux"])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Answer, lambda x: {"logits": x, "hidden": x}, lambda x: Output(None, x), lambda x: Named(x, x + 1)],
+)
+@pytest.mark.parametrize("tap", ["", "[logits]"])
+def test_scores_of_outputs_that_are_objects(wrap, tap):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16 * 24 * 3, 5)
+
+        def forward(self, x):
+            return wrap(self.fc(x.flatten(1)))
+
+    model = Model()
+    taps, shapes = probe(model, [tap], IMAGES)
+    assert shapes == {tap: (5,)}
+    taps.collect(lambda: model(IMAGES))
+    torch.testing.assert_close(taps.read()[tap], model.fc(IMAGES.flatten(1)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_the_output_of_torchscript_can_be_tapped_and_no_layer():
+    model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
+    taps, _ = probe(model, [""], IMAGES)
+    expected = taps.collect(lambda: model(IMAGES))
+    torch.testing.assert_close(taps.read()[""], expected)
+    with pytest.raises(UserError, match="TorchScript, which cannot be looked into"):
+        Taps(model, ["0"])

@@ -1,5 +1,6 @@
 """What travels through a training step."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,7 +23,8 @@ class Batch(NamedTuple):
 
     Attributes:
         images: `(B, C, H, W)`, uint8 (0 to 255) or floating point (0 to 1); a list of `(C, H, W)`
-            where pictures differ in size.
+            where pictures differ in size; a dict of the models' keyword inputs, as transformers' loaders
+            give.
         targets: what the task's loss and metric compare with: `(B,)` class indices, `(B, K)` class
             probabilities, `(B, H, W)` label maps (void pixels included), a list of dicts of
             tensors (boxes, labels, masks); None when the images carry no labels.
@@ -45,11 +47,13 @@ class Batch(NamedTuple):
 
 
 def as_batch(value: Any) -> Batch:
-    """A Batch from a Batch, from images alone, or from a usual loader's `(images, targets)`."""
+    """A Batch of a Batch, images alone, a usual loader's `(images, targets)` or a dict of keyword inputs."""
     if isinstance(value, Batch):
         return value
     if isinstance(value, Tensor):
         return Batch(value)
+    if isinstance(value, Mapping):
+        return Batch(value, value.get("labels"))  # type: ignore[arg-type]
     if isinstance(value, list) and all(isinstance(v, Tensor) and v.dim() == 3 for v in value):
         return Batch(value)
     return Batch(*value)

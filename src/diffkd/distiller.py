@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -41,8 +42,9 @@ class Losses(dict[str, Tensor]):
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:
-    """The usual forward pass: the model called with the batch's images."""
-    return model(batch.images)
+    """The usual forward pass: the model called with the batch's images, a dict as keywords."""
+    images: Any = batch.images
+    return model(**images) if isinstance(images, Mapping) else model(images)
 
 
 class Roles(Protocol):
@@ -182,12 +184,19 @@ class Distiller(nn.Module):
         """Named losses of a batch, and the student's output.
 
         Args:
-            batch: a Batch, images alone `(B, C, H, W)`, or a loader's `(images, targets)`.
+            batch: a Batch, images alone `(B, C, H, W)`, a loader's `(images, targets)`, or a dict of
+                keyword inputs.
         """
         batch = self._framed(batch)
         teacher = self._taught(batch)
-        output, supervised = self._roles.train(self.student, self._roles.prepare(batch, self.student_input))
-        student = self._read(self._student_taps, "student") if self.pairs else {}
+        prepared = self._roles.prepare(batch, self.student_input)
+        if self.pairs:
+            output, supervised = self._student_taps.collect(
+                lambda: self._roles.train(self.student, prepared), answer=itemgetter(0)
+            )
+            student = self._read(self._student_taps, "student")
+        else:
+            (output, supervised), student = self._roles.train(self.student, prepared), {}
         losses = Losses(output, supervised)
         for name, method in self.methods.items():
             named: dict[str, Tensor] = method(student, teacher, batch)
@@ -201,7 +210,8 @@ class Distiller(nn.Module):
         teacher = self._taught(batch)
         if not self.pairs:
             return {}, {}
-        self._roles.teach(self.student, self._roles.prepare(batch, self.student_input))
+        prepared = self._roles.prepare(batch, self.student_input)
+        self._student_taps.collect(lambda: self._roles.teach(self.student, prepared))
         return self._read(self._student_taps, "student"), teacher
 
     def _framed(self, batch: Any) -> Batch:
@@ -214,7 +224,8 @@ class Distiller(nn.Module):
             return {}
         teacher, preprocess = self._frozen
         with torch.no_grad():
-            self._roles.teach(teacher, self._roles.prepare(batch, preprocess))
+            prepared = self._roles.prepare(batch, preprocess)
+            self._teacher_taps.collect(lambda: self._roles.teach(teacher, prepared))
         return self._read(self._teacher_taps, "teacher")
 
     def _read(self, taps: Taps, side: str) -> dict[str, Tensor]:
@@ -229,7 +240,7 @@ class Distiller(nn.Module):
         sample: Batch,
         logits: Sequence[str],
     ) -> tuple[Pair, ...]:
-        """Registers the hooks, probes the features and pairs them."""
+        """Probes the features and pairs them."""
         self._stages: dict[str, str] = {}
         if self.teacher is None:
             return ()
@@ -286,7 +297,9 @@ class Distiller(nn.Module):
 
 
 def _freeze(teacher: nn.Module, prepare: nn.Module) -> tuple[nn.Module, ...]:
-    return teacher.eval().requires_grad_(False), prepare.eval()
+    for parameter in teacher.parameters():  # TorchScript has no `requires_grad_` of its own
+        parameter.requires_grad_(False)
+    return teacher.eval(), prepare.eval()
 
 
 def _device(model: nn.Module) -> torch.device:

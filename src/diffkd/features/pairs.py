@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from diffkd.errors import UserError
 
+SCORES = ("[logits]",)  # of a model's output, class scores by its name
 # Maps whose strides differ by less belong together: ratios of rounded sizes are not exact.
 SAME_STRIDE = 1.33
 
@@ -107,7 +108,7 @@ def pair_up(
     _say_no_scores(taps, student, logits)
     for student_tap, teacher_tap in taps.items():
         for a, b in _matches(student_tap, teacher_tap, student, teacher):
-            is_logits = a in logits and b in logits
+            is_logits = all(name in (*logits, *SCORES) for name in (a, b))
             pair = Pair(
                 a or "output", Feature(a, student.shapes[a]), Feature(b, teacher.shapes[b]), is_logits
             )

@@ -74,7 +74,11 @@ def _watch(model: nn.Module, run: Callable[[], Any], image_size: tuple[int, ...]
 
         return hook
 
-    handles = [module.register_forward_hook(note(path)) for path, module in model.named_modules() if path]
+    handles = [
+        module.register_forward_hook(note(path))
+        for path, module in model.named_modules()
+        if path and not isinstance(module, torch.jit.ScriptModule)
+    ]
     try:
         with dry_run(model), torch.no_grad():
             run()

@@ -1,27 +1,31 @@
 """Reads features out of any module by layer path, channels first."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError, nearest
 from diffkd.features.layouts import LAYOUTS, Evidence, Layout, prefix_tokens, tell_layout
+from diffkd.features.outputs import entries_of, entry
 from diffkd.features.watch import watching
 
 
 class Taps:
     """Features of a model, read by layer path while it runs, handed out channels first.
 
-    A path may choose one entry of a list or dict that a layer gives (`fpn[0]`, `[out]`), and say the layout
-    where the dry run cannot tell it (`stages.3@BHWC`). A layer that runs several times gives what it
-    gave last. Hooks are registered at once, so make the taps before `torch.compile`.
+    A path may choose one entry of a list, dict or object that a layer gives (`fpn[0]`, `[out]`, `[logits]`),
+    and say the layout where the dry run cannot tell it (`stages.3@BHWC`). A layer that runs several times
+    gives what it gave last. The model carries hooks while `collect` and `probe` run it, and never else.
 
     Args:
-        model: any module.
-        layers: paths as in `model.named_modules()`; "" is the model's output.
+        model: any module. Of a TorchScript module only the output can be tapped.
+        layers: paths as in `model.named_modules()`; "" is the model's output, its `logits` where it has such.
 
     Raises:
         UserError: a path or layout does not exist; the nearest ones are given.
@@ -31,20 +35,33 @@ class Taps:
     >>> taps = Taps(model, ["0", ""])
     >>> taps.probe(lambda: model(torch.rand(2, 3, 8, 8)), (8, 8))
     {'0': (8, 4, 4), '': (128,)}
+    >>> output = taps.collect(lambda: model(torch.rand(2, 3, 8, 8)))
+    >>> {name: tuple(feature.shape) for name, feature in taps.read().items()}
+    {'0': (2, 8, 4, 4), '': (2, 128)}
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self._model = model
         self._requests = [_Request.parse(layer) for layer in layers]
-        known = dict(model.named_modules())
+        known = dict(model.named_modules(remove_duplicate=False))
         for request in self._requests:
             if request.path not in known:
                 raise UserError(
                     f"no layer '{request.path}' in {type(model).__name__}{nearest(request.path, known)}"
                 )
+            if request.path and isinstance(known[request.path], torch.jit.ScriptModule):
+                raise UserError(
+                    f"layer '{request.path}' of {type(model).__name__} is TorchScript, which cannot be "
+                    "looked into; tap the model's output: taps={'': ''}"
+                )
         self._store: dict[str, Any] = {}
         paths = dict.fromkeys(request.path for request in self._requests)
-        self._handles = [known[path].register_forward_hook(_Keep(self._store, path)) for path in paths]
+        self._hooks = [
+            (known[path], _Keep(self._store, path))
+            for path in paths
+            if not isinstance(known[path], torch.jit.ScriptModule)
+        ]
+        self._above = _above(known, list(paths))
         self._layouts: dict[str, Layout] = {}
         self._entries: list[tuple[str, str, str | int | None]] = []
         self.without_gradient: tuple[str, ...] = ()
@@ -55,7 +72,8 @@ class Taps:
 
         Args:
             run: runs the model on a sample.
-            image_size: `(H, W)` of the pictures in the sample, where there are pictures.
+            image_size: `(H, W)` of the pictures in the sample, where there are pictures; what the model
+                makes of them (`seen`) is found out.
 
         Returns:
             `(C, *S)` of each feature by its name; a layer that gives several gives as many names.
@@ -63,9 +81,8 @@ class Taps:
         Raises:
             UserError: a layer did not run, gives integers, or its layout cannot be told.
         """
-        self._store.clear()
         with watching(self._model) as watched:
-            run()
+            self.collect(run)
         self.seen = watched.seen or image_size
         self._entries, self._layouts = [], {}
         for request in self._requests:
@@ -76,17 +93,42 @@ class Taps:
                         f"tap '{name}' gives integers ({kind}), which carry no gradient; "
                         "tap a floating-point layer"
                     )
-                evidence = Evidence(
-                    watched.leaves.get(request.path, []), self.seen, prefix_tokens(self._model)
-                )
+                leaves = watched.leaves.get(request.path, [])
+                evidence = Evidence(leaves, self.seen, prefix_tokens(self._model))
                 self._entries.append((name, request.path, key))
                 self._layouts[name] = tell_layout(name, feature, request.axes, evidence)
-        raw = {name: _entry(self._store[path], key) for name, path, key in self._entries}
+        raw = {name: entry(self._store[path], key) for name, path, key in self._entries}
         self.without_gradient = tuple(name for name, feature in raw.items() if not feature.requires_grad)
         return {name: tuple(feature.shape[1:]) for name, feature in self.read().items()}
 
+    def collect(self, run: Callable[[], Any], answer: Callable[[Any], Any] | None = None) -> Any:
+        """Runs the model with the hooks on, and keeps what the tapped layers give until `read`.
+
+        Args:
+            run: runs the model. What it returns stands for the model's output where that was not called
+                as a whole, or is TorchScript.
+            answer: takes the model's output out of what `run` returns; None where it is that.
+        """
+        self._store.clear()
+        compiling = torch.compiler.is_compiling()
+        before = [module._forward_hooks for module, _ in self._hooks]
+        for module, hook in self._hooks:
+            # The dict is replaced and not changed: a graph that is being traced sees an assignment only.
+            module._forward_hooks = OrderedDict({**module._forward_hooks, _KEY: hook})
+        marked = [] if compiling else _mark(self._above)
+        try:
+            output = run()
+        finally:
+            for (module, _), hooks in zip(self._hooks, before, strict=True):
+                module._forward_hooks = hooks
+            for module in marked:
+                del module.forward
+        if "" not in self._store:
+            self._store[""] = output if answer is None else answer(output)
+        return output
+
     def read(self) -> dict[str, Tensor]:
-        """The features `(B, C, *S)` of the forward pass that just ran, by name; then forgets them.
+        """The features `(B, C, *S)` of the forward pass that was collected, by name; then forgets them.
 
         Raises:
             UserError: a tapped layer did not run.
@@ -95,14 +137,9 @@ class Taps:
         for name, path, key in self._entries:
             if path not in self._store:
                 raise UserError(f"layer '{path}' did not run in this forward pass; tap another one")
-            features[name] = self._layouts[name].apply(_entry(self._store[path], key))
+            features[name] = self._layouts[name].apply(entry(self._store[path], key))
         self._store.clear()
         return features
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
 
     def _expand(self, request: "_Request") -> Iterator[tuple[str, str | int | None, Tensor]]:
         """The tensors that a request stands for: name, entry, tensor."""
@@ -114,7 +151,10 @@ class Taps:
                 raise UserError(f"tap '{request.name}': the layer gives one tensor, without entries")
             yield request.name, None, output
             return
-        entries = dict(_entries_of(output))
+        entries = entries_of(output)
+        if request.path == "" and request.entry is None and "logits" in entries:
+            yield request.name, "logits", entries["logits"]
+            return
         chosen = [key for key in entries if request.entry in (None, str(key))]
         if not chosen:
             known = [str(key) for key in entries]
@@ -143,6 +183,9 @@ class _Request:
         return cls(name, match[1], match[2], axes or None)
 
 
+_KEY = "diffkd"  # in a layer's dict of hooks
+
+
 class _Keep:
     """A hook that keeps a layer's output. A class, so that deep copies of model and taps stay together."""
 
@@ -153,14 +196,25 @@ class _Keep:
         self.store[self.path] = output
 
 
-def _entries_of(output: Any) -> Iterator[tuple[str | int, Tensor]]:
-    pairs = output.items() if isinstance(output, Mapping) else enumerate(output) if _is_list(output) else ()
-    yield from ((key, value) for key, value in pairs if isinstance(value, Tensor))
+def _above(known: dict[str, nn.Module], paths: list[str]) -> list[nn.Module]:
+    """The modules that tapped layers are inside of, themselves included."""
+    found: dict[int, nn.Module] = {}
+    for path in ["", *paths]:
+        parts = path.split(".") if path else []
+        for module in (known[".".join(parts[:i])] for i in range(len(parts) + 1)):
+            found[id(module)] = module
+    return list(found.values())
 
 
-def _is_list(output: Any) -> bool:
-    return isinstance(output, list | tuple)
+def _mark(modules: list[nn.Module]) -> list[nn.Module]:
+    """Makes compiled modules look another one while their hooks are on; gives those that it marked.
 
-
-def _entry(output: Any, key: str | int | None) -> Tensor:
-    return output if key is None else output[key]  # type: ignore[no-any-return]
+    A compiled graph is not guarded by the hooks that it was traced with, but by whether an instance has a
+    `forward` of its own: so that a graph traced with hooks and one traced without are told apart.
+    """
+    marked = []
+    for module in modules:
+        if getattr(module, "_compiled_call_impl", None) is not None and "forward" not in vars(module):
+            module.forward = MethodType(type(module).forward, module)
+            marked.append(module)
+    return marked

@@ -78,6 +78,8 @@ def watching(model: nn.Module) -> Iterator[Watched]:
     watched = Watched()
     handles = []
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks
         handles.append(module.register_forward_pre_hook(watched.enter, with_kwargs=True))
         if any(True for _ in module.parameters(recurse=False)):
             handles.append(module.register_forward_hook(watched.leave(path)))
