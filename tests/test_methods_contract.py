@@ -115,7 +115,7 @@ def test_losses_gradients_and_state(method, family):
 @pytest.mark.parametrize("method", METHODS)
 def test_one_sample_and_half_precision(method):
     distiller = build(method, "cnn")
-    one = Batch(*(value[:1] for value in BATCH))
+    one = Batch(*(value[:1] for value in BATCH[:3]))
     assert bool(distiller(one).total.isfinite())
     with torch.autocast("cpu", torch.bfloat16):
         assert bool(distiller(BATCH).total.isfinite())
