@@ -48,7 +48,8 @@ def common(student, teacher):
 
 def conv(state, key, feature, padding=0):
     """A convolution whose kernel is 2 padding + 1 wide, or a linear layer."""
-    weight, bias, size = state[f"{key}.weight"], state[f"{key}.bias"], feature.shape[2:]
+    weight, size = state[f"{key}.weight"], feature.shape[2:]
+    bias = state.get(f"{key}.bias", weight.new_zeros(len(weight)))
 
     def column(b, place):
         out = bias.clone()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from diffkd import Batch, Distiller, UserError
+from diffkd.methods.base import method_class
 from diffkd.models import cifar, simple
 from diffkd.names import submodules
 
@@ -12,6 +13,9 @@ METHODS = [name for name in submodules("diffkd.methods") if name != "none"]
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 BATCH = Batch(IMAGES, torch.tensor([0, 1, 2, 3]), torch.arange(4))
 CLASSES, SAMPLES = 5, 20
+# Published weights beside the labels' loss.
+PAPERS = {"kd": 0.9, "dkd": 1, "dist": 1, "mlkd": 0.9, "ofa": 1, "diffkd": 1, "fitnet": 100, "at": 1000}
+PAPERS |= {"sp": 3000, "rkd": 1, "pkt": 30000, "vid": 1, "crd": 0.8, "ofd": 1, "reviewkd": 5, "simkd": 1}
 
 
 class Tokens(nn.Module):
@@ -130,3 +134,11 @@ def test_methods_add_up_by_weight():
     }
     assert losses["kd.output.kd"] == 0.5 * parts["kd"](BATCH)["kd.output.kd"]
     assert losses["sp.stage3.kd"] == 3.0 * parts["sp"](BATCH)["sp.stage3.kd"]
+
+
+def test_a_name_alone_has_its_papers_weight():
+    weights = {name: method_class(name).weight for name in METHODS}
+    assert weights | PAPERS == weights
+    for methods in ("sp", {"sp": {}}, {"sp": None}):
+        given = Distiller(cnn(4), cnn(8), None, methods, IMAGES)
+        assert given.weights == {"sp": 3000.0}

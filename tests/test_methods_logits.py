@@ -325,3 +325,26 @@ FEATURE = ((3, 4, 4), (5, 4, 4))
 def test_models_that_a_method_cannot_serve(name, given, message):
     with pytest.raises(UserError, match=message):
         build(name, given)
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "mlkd"])
+def test_two_standardized_classes_teach_nothing(name):
+    with pytest.raises(UserError, match="only their order is left"):
+        build(name, setup(2), standardize=True)
+
+
+@pytest.mark.parametrize(("name", "loss"), [("dkd", "non_target"), ("dist", "inter")])
+def test_a_loss_without_work_for_two_classes_says_so(name, loss):
+    with pytest.warns(UserWarning, match=f"of two classes the loss '{loss}' teaches nothing"):
+        method = build(name, setup(2))
+    ours, theirs = randoms(4, 2)
+    ours.requires_grad_()
+    losses = method({"output": ours}, {"output": theirs}, Batch(torch.zeros(4, 3, 2, 2)))
+    (gradient,) = torch.autograd.grad(losses[f"output.{loss}"], ours)
+    assert gradient.abs().max() < 1e-4
+
+
+def test_ofas_own_scores_have_the_heads_eps():
+    given = setup(4, features=[((5,), (2,))])
+    one = method_class("ofa")(given, eps=1.5)
+    assert (one.logits_eps, method_class("ofa")(given).eps) == (1.5, 1.0)

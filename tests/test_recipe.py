@@ -41,7 +41,7 @@ def test_short_forms_mean_the_long_ones(tmp_path):
     long = recipe(
         tmp_path,
         "data: {name: digits}\nstudent: {model: simple/cnn4}\nteacher: {model: simple/cnn8}\n"
-        "method: {diffkd: {weight: 1}}\noptimizer: {name: adamw}\nschedule: {name: constant}",
+        "method: {diffkd: {}}\noptimizer: {name: adamw}\nschedule: {name: constant}",
     )
     assert short == long
 
@@ -49,10 +49,10 @@ def test_short_forms_mean_the_long_ones(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("diffkd", {"diffkd": 1.0}),
+        ("diffkd", {"diffkd": None}),
         ("{diffkd: 1.0, kd: 0.5}", {"diffkd": 1.0, "kd": 0.5}),
         ("{diffkd: {weight: 2, num_steps: 3}}", {"diffkd": 2.0}),
-        ("diffkd,kd", {"diffkd": 1.0, "kd": 1.0}),
+        ("diffkd,kd", {"diffkd": None, "kd": None}),
         ("none", {}),
         ("null", {}),
     ],

@@ -17,7 +17,7 @@ from diffkd.features.watch import dry_run
 from diffkd.methods.base import Method, Setup, method_class
 from diffkd.names import options_of
 
-MethodChoice = float | Mapping[str, Any] | Callable[[Setup], Method]
+MethodChoice = float | Mapping[str, Any] | Callable[[Setup], Method] | None
 Run = Callable[[nn.Module, Batch], Any]
 
 
@@ -102,7 +102,7 @@ class Distiller(nn.Module):
         taps: student layer path to teacher layer path; "" is the model's output. None takes what
             the methods want: the last feature map and the output, or one map per resolution.
         methods: names with a weight, with options (`{"diffkd": {"weight": 1.0, "num_steps": 3}}`),
-            or with a function of the `Setup` that builds the method; a name alone has weight 1.
+            or with a function of the `Setup` that builds the method; a name alone has its paper's weight.
         sample: a batch (images alone will do) for the dry run that probes channels and layouts.
         run: how a model is called with a batch.
         task: how models are run in each role, in place of `run`: a `diffkd.Task`, say.
@@ -154,7 +154,7 @@ class Distiller(nn.Module):
         self._roles = task or _Plain(run)
         if sample is None:
             raise UserError("give sample=, a batch of images for the dry run that finds channels and layouts")
-        builders = _builders({methods: 1.0} if isinstance(methods, str) else methods)
+        builders = _builders({methods: {}} if isinstance(methods, str) else methods)
         if teacher is None and builders:
             raise UserError(f"method '{next(iter(builders))}' needs a teacher")
         self.weights = {name: weight for name, (_, weight) in builders.items()}
@@ -319,15 +319,16 @@ def _builders(methods: Mapping[str, MethodChoice]) -> dict[str, tuple[Any, float
     found: dict[str, tuple[Any, float]] = {}
     for name, choice in methods.items():
         key = name.rpartition(":")[2].replace(".", "_")
-        weight: float = 1.0
-        if isinstance(choice, Mapping):
-            options = dict(choice)
-            weight = float(options.pop("weight", 1.0))
+        weight: float | None = None
+        if choice is None or isinstance(choice, Mapping):
+            options = dict(choice or {})
+            weight = options.pop("weight", None)
             build: Any = _Configured(method_class(name), options)
         elif isinstance(choice, int | float):
-            weight, build = float(choice), _Configured(method_class(name), {})
+            weight, build = choice, _Configured(method_class(name), {})
         else:
             build = choice
+        weight = float(getattr(build, "weight", 1.0) if weight is None else weight)
         if weight < 0:
             raise UserError(f"method '{name}': weight {weight} is negative")
         found[key] = (build, weight)
@@ -345,7 +346,7 @@ class _Configured:
                 raise UserError(
                     f"method '{kind.__name__}' takes no option '{option}'{nearest(option, known)}"
                 )
-        self.stages, self.uses_logits = kind.stages, kind.uses_logits
+        self.stages, self.uses_logits, self.weight = kind.stages, kind.uses_logits, kind.weight
 
     def __call__(self, setup: Setup) -> Method:
         return self.kind(setup, **self.options)  # type: ignore[call-arg]

@@ -35,15 +35,16 @@ def norm(dims: int, channels: int) -> nn.Module:
     return (_Norm1d, _Norm1d, _Norm2d, _Norm3d)[dims](channels)
 
 
-def conv(dims: int, inputs: int, outputs: int, kernel: int = 1) -> nn.Module:
+def conv(dims: int, inputs: int, outputs: int, kernel: int = 1, *, bias: bool = True) -> nn.Module:
     """A convolution of that rank that keeps the size; for vectors a linear layer.
 
     >>> conv(1, 3, 5, kernel=3)(torch.rand(2, 3, 7)).shape
     torch.Size([2, 5, 7])
     """
     if dims == 0:
-        return nn.Linear(inputs, outputs)
-    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](inputs, outputs, kernel, padding=kernel // 2)
+        return nn.Linear(inputs, outputs, bias)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    return kind(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
 
 
 def resize(feature: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -42,6 +42,7 @@ class AttentionTransfer(Method):
     """
 
     stages, uses_logits = "all", False
+    weight = 1000.0
 
     def __init__(self, setup: Setup, *, power: float = 2.0) -> None:
         super().__init__()

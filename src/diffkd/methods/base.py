@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -65,11 +65,13 @@ class Method(nn.Module, ABC):
         stages: which feature pairs are tapped for it where the user names none: the last map, one
             map of each resolution, or none.
         uses_logits: whether it wants the models' class scores.
+        weight: of all its losses beside the supervised ones, where the user says none: its paper's.
         figures: scalars worth watching that are not losses (detached), refreshed by `forward`.
     """
 
     stages: ClassVar[Literal["none", "last", "all"]] = "last"
     uses_logits: ClassVar[bool] = True
+    weight: ClassVar[float] = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,11 +138,16 @@ def needed_features(setup: Setup, method: str, *, resizes: bool = True) -> tuple
     return setup.features
 
 
-def needed_logits(setup: Setup, method: str) -> tuple[Pair, ...]:
+def needed_logits(setup: Setup, method: str, *, standardized: bool = False) -> tuple[Pair, ...]:
     """The pairs that are class scores, two classes at least.
 
+    Args:
+        setup: what the run taps.
+        method: what errors call the method.
+        standardized: the method brings each sample's scores to mean 0 and deviation 1.
+
     Raises:
-        UserError: there is none, or it is not of that kind.
+        UserError: there is none, it is not of that kind, or it has too few classes to teach anything.
     """
     if not setup.logits:
         raise UserError(
@@ -149,7 +156,21 @@ def needed_logits(setup: Setup, method: str) -> tuple[Pair, ...]:
     for pair in setup.logits:
         check_pair(pair, method)
         check_classes(pair.name, pair.teacher.channels)
+        if standardized and pair.teacher.channels == 2:
+            raise UserError(
+                f"method '{method}', tap '{pair.name}': of two standardized class scores only their order is "
+                "left, which teaches nothing; set standardize=false"
+            )
     return setup.logits
+
+
+def warn_of_two_classes(pairs: Sequence[Pair], loss: str) -> None:
+    """Says where a loss that compares more than two classes with each other has nothing to do."""
+    for pair in pairs:
+        if pair.teacher.channels == 2:
+            warnings.warn(
+                f"tap '{pair.name}': of two classes the loss '{loss}' teaches nothing", stacklevel=4
+            )
 
 
 def method_class(name: str) -> type[Method]:

@@ -55,6 +55,7 @@ class CRD(Method):
     """
 
     stages, uses_logits = "last", False
+    weight = 0.8
 
     def __init__(
         self,

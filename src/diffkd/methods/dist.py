@@ -8,7 +8,7 @@ from torch import Tensor
 from diffkd.batch import Batch
 from diffkd.features.maps import matched
 from diffkd.maths.losses import check_not_negative, check_positive, masked_mean, precise
-from diffkd.methods.base import Method, Setup, needed_logits
+from diffkd.methods.base import Method, Setup, needed_logits, warn_of_two_classes
 
 
 class DIST(Method):
@@ -51,7 +51,9 @@ class DIST(Method):
         check_not_negative(beta=beta, gamma=gamma)
         check_positive(temperature=temperature)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
-        self.names = [pair.name for pair in needed_logits(setup, "dist")]
+        pairs = needed_logits(setup, "dist")
+        warn_of_two_classes(pairs, "inter")
+        self.names = [pair.name for pair in pairs]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

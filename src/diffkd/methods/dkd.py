@@ -16,7 +16,7 @@ from diffkd.maths.losses import (
     precise,
     standardize,
 )
-from diffkd.methods.base import Method, Setup, needed_logits
+from diffkd.methods.base import Method, Setup, needed_logits, warn_of_two_classes
 
 
 class DKD(Method):
@@ -29,10 +29,11 @@ class DKD(Method):
         non_target = beta tau^2 KL(q_teacher || q_student).
 
     For CIFAR-100 (ResNet-32x4 to ResNet-8x4) alpha is 1, beta 8, the temperature 4, and the weight
-    beside the labels' loss 1. The published runs warm the method's weight up over 20 epochs, which is
-    left out here. The target class is the label's; of class probabilities the largest; the teacher's
-    where there are no labels. Void pixels of label maps are left out; maps of another size than the
-    scores are brought to theirs.
+    beside the labels' loss 1; with standardized scores the published command makes alpha 9 and beta 81.
+    For ImageNet (ResNet-34 to ResNet-18) alpha is 1, beta 0.5, the temperature 1. The published runs
+    warm the method's weight up over 20 epochs (ImageNet: 1), which is left out here. The target class
+    is the label's; of class probabilities the largest; the teacher's where there are no labels. Void
+    pixels of label maps are left out; maps of another size than the scores are brought to theirs.
 
     Args:
         setup: what the run taps.
@@ -71,7 +72,9 @@ class DKD(Method):
         check_positive(temperature=temperature)
         self.alpha, self.beta = alpha, beta
         self.temperature, self.standardize = temperature, standardize
-        self.names = [pair.name for pair in needed_logits(setup, "dkd")]
+        pairs = needed_logits(setup, "dkd", standardized=standardize)
+        warn_of_two_classes(pairs, "non_target")
+        self.names = [pair.name for pair in pairs]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

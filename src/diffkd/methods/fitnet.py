@@ -38,6 +38,7 @@ class FitNet(Method):
     """
 
     stages, uses_logits = "last", False
+    weight = 100.0
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()

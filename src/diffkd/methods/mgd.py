@@ -23,7 +23,9 @@ class MGD(Method):
         kd = mean((G(M A(student)) - teacher)^2).
 
     The paper has no CIFAR-100 runs, and its code takes the sum over channels and positions: a weight of
-    7e-5 there (ImageNet) is 7e-5 * C * H * W here, 1.76 for the (512, 7, 7) of a ResNet-34. That code
+    7e-5 there (ImageNet) is 7e-5 * C * H * W here, 1.76 for the (512, 7, 7) of a ResNet-34, which is the
+    default. For segmentation (2e-5 there) and detection (2e-5, two-stage detectors 5e-7) it grows with
+    the map in the same way. That code
     also leaves out channels rather than positions for classification, a share of 0.15; for detection
     and segmentation it leaves out positions, as the paper has it, a share of 0.45 to 0.75.
 
@@ -44,6 +46,7 @@ class MGD(Method):
     """
 
     stages, uses_logits = "last", False
+    weight = 1.76
 
     def __init__(self, setup: Setup, *, mask_ratio: float = 0.5) -> None:
         super().__init__()

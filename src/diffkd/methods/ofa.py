@@ -24,7 +24,7 @@ class OFA(Method):
         - sum over classes of ((p + y)^eps - y) log q,
 
     in which an eps above 1 gives the target class more weight the surer the teacher is of it; 1 is
-    cross-entropy with p. The student's own scores have the same loss with an eps of their own. Labels
+    cross-entropy with p. The student's own scores have the same loss, with an eps of their own or not. Labels
     are taken as in DKD: of class probabilities the largest, the teacher's where there are none.
 
     For CIFAR-100 both eps are 1, the temperature 1, and all weights 1; for ImageNet with ResNet-18 and
@@ -34,7 +34,7 @@ class OFA(Method):
     Args:
         setup: what the run taps.
         eps: exponent of the target's part, for the heads.
-        logits_eps: the same for the student's own scores.
+        logits_eps: the same for the student's own scores; None takes `eps`.
         temperature: what the scores are divided by.
 
     Raises:
@@ -52,9 +52,10 @@ class OFA(Method):
     stages = "all"
 
     def __init__(
-        self, setup: Setup, *, eps: float = 1.5, logits_eps: float = 1.0, temperature: float = 1.0
+        self, setup: Setup, *, eps: float = 1.0, logits_eps: float | None = None, temperature: float = 1.0
     ) -> None:
         super().__init__()
+        logits_eps = eps if logits_eps is None else logits_eps
         check_positive(eps=eps, logits_eps=logits_eps, temperature=temperature)
         self.eps, self.logits_eps, self.temperature = eps, logits_eps, temperature
         self.output, *more = needed_logits(setup, "ofa")

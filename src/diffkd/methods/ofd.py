@@ -22,7 +22,9 @@ class OFD(Method):
         kd = 1 / (1000 * 2^(L - l)) * mean over samples of
              sum over channels and positions of (S - T)^2 where S > T or T > 0.
 
-    These are the published scales; the weight for CIFAR-100 is then 1.
+    These are the published scales; the weight for CIFAR-100 is then 1, for ImageNet (which divides by
+    10,000) 0.1. The published code runs the teacher in training mode, so that its BatchNorm normalizes by
+    the batch's statistics; here it stays in evaluation mode.
 
     The paper taps features before their ReLU, and computes m from the BatchNorm in front of it. Here
     the model may be any, so m is the mean of the negative responses seen in training so far, 0 where

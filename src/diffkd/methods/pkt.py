@@ -42,6 +42,7 @@ class PKT(Method):
     """
 
     stages, uses_logits = "last", False
+    weight = 30000.0
 
     def __init__(self, setup: Setup, *, eps: float = 1e-7) -> None:
         super().__init__()

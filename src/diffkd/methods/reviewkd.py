@@ -27,9 +27,9 @@ class ReviewKD(Method):
         kd = (mse + mse(P_4) / 2 + mse(P_2) / 4 + mse(P_1) / 8) / (1 + 1/2 + 1/4 + 1/8),
 
     without the grids that are no smaller than the map. For CIFAR-100 the weight is 5 (ResNet-32x4 to
-    ResNet-8x4; 0.6 to 8 elsewhere), warmed up over 20 epochs, which is left out here; the paper's
-    last stage is the pooled feature in front of the classifier. Where the teacher's map is the larger,
-    it is averaged down, rather than the student's blown up.
+    ResNet-8x4; 0.6 to 8 elsewhere), for ImageNet 1, warmed up over 20 epochs, which is left out here.
+    The paper's last stage is the pooled feature in front of the classifier. Where the teacher's map is
+    the larger, it is averaged down, rather than the student's blown up.
 
     Args:
         setup: what the run taps, in the order of the stages.
@@ -47,6 +47,7 @@ class ReviewKD(Method):
     """
 
     stages, uses_logits = "all", False
+    weight = 5.0
 
     def __init__(self, setup: Setup, *, width: int | None = None) -> None:
         super().__init__()

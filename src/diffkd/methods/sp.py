@@ -40,6 +40,7 @@ class SimilarityPreserving(Method):
     """
 
     stages, uses_logits = "last", False
+    weight = 3000.0
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ class VID(Method):
     """How unlikely the teacher's feature is under a Gaussian predicted from the student's.
 
     Ahn et al., CVPR 2019, arXiv 1904.05835: the bound that it trains is on the mutual information of the
-    two. With mu three 1x1 convolutions (linear layers for vectors) with ReLU between them, and
+    two. With mu three 1x1 convolutions without biases (linear layers for vectors), ReLU between them, and
     v = softplus(a) + 1e-5 a variance for each of the teacher's channels, the loss is
 
         kd = mean of ((teacher - mu(student))^2 / v + log v) / 2
@@ -79,11 +79,11 @@ class Gaussian(nn.Module):
         super().__init__()
         dims, inputs, outputs = pair.student.spatial_dims, pair.student.channels, pair.teacher.channels
         self.mean = nn.Sequential(
-            conv(dims, inputs, outputs),
+            conv(dims, inputs, outputs, bias=False),
             nn.ReLU(),
-            conv(dims, outputs, outputs),
+            conv(dims, outputs, outputs, bias=False),
             nn.ReLU(),
-            conv(dims, outputs, outputs),
+            conv(dims, outputs, outputs, bias=False),
         )
         excess = initial_variance - SMALLEST_VARIANCE
         # The softplus's inverse, in a form that does not overflow.

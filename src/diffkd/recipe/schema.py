@@ -78,9 +78,9 @@ class ModelRecipe(Section):
 
 
 class MethodRecipe(OpenSection):
-    """A method's weight and options."""
+    """A method's weight and options; no weight is its paper's (`Method.weight`)."""
 
-    weight: NotNegative = 1.0
+    weight: NotNegative | None = None
 
 
 class TeacherTraining(Section):
@@ -237,7 +237,7 @@ def _validate(content: dict[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{where}: {first_error(error, Recipe)}") from error
-    if recipe.method and not any(method.weight for method in recipe.method.values()):
+    if recipe.method and all(method.weight == 0 for method in recipe.method.values()):
         raise UserError(f"{where}: method: all weights are zero; give one a weight, or say method=none")
     return recipe
 

@@ -75,6 +75,7 @@ def _method(
     losses = [k for k in columns if k.split(".")[0] in ("task", *first["methods"]) and k not in watched]
     return {
         "name": name,
+        "weights": dict(first.get("weights", {})),
         "seeds": [run.seed for run in runs],
         "last": _spread([run.summary["last"][metric] for run in runs]),
         "best": _spread([run.summary["best"][metric] for run in runs]),
@@ -146,6 +147,7 @@ Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 def _columns(label: str) -> list[Column]:
     return [
         ("method", lambda m: m["name"]),
+        ("weight", _weights),
         (f"{label} last", lambda m: _plus_minus(m["last"])),
         (f"{label} best", lambda m: _plus_minus(m["best"])),
         ("to none", lambda m: _gain(m["to_none"])),
@@ -193,12 +195,12 @@ def to_csv(comparison: Mapping[str, Any]) -> str:
     writer.writerow(
         ["method", "seeds", *(f"{s}_{k}" for s in spreads for k in ("mean", "std"))]
         + [f"{g}_{k}" for g in gains for k in ("mean", "low", "high")]
-        + list(plain)
+        + [*plain, "weight"]
     )
     for m in comparison["methods"]:
         row = [m["name"], len(m["seeds"]), *(m[s][k] for s in spreads for k in ("mean", "std"))]
         row += [(m[g] or {}).get(k) for g in gains for k in ("mean", "low", "high")]
-        writer.writerow(row + [m[key] for key in plain])
+        writer.writerow(row + [m[key] for key in plain] + [_weights(m)])
     return text.getvalue()
 
 
@@ -214,6 +216,11 @@ def _length(comparison: Mapping[str, Any]) -> str:
     if comparison.get("axis", "epoch") == "step":
         return f"{comparison['steps']:,} steps"
     return f"{comparison['epochs']} epochs"
+
+
+def _weights(method: Mapping[str, Any]) -> str:
+    """The weights of what is joined in a method, in its order."""
+    return " + ".join(f"{weight:g}" for weight in method["weights"].values())
 
 
 def _plus_minus(spread: Mapping[str, Any]) -> str:

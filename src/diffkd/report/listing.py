@@ -36,7 +36,9 @@ def _recipes() -> Iterator[str]:
 
 def _files(kind: str) -> Iterator[str]:
     for name in submodules(f"diffkd.{kind}"):
-        yield f"{name:<16}{_first_line(Path(diffkd.__file__).parent / kind / f'{name}.py')}"
+        place = Path(diffkd.__file__).parent / kind / f"{name}.py"
+        weight = f" [weight {_weight(place):g}]" if kind == "methods" and name != "none" else ""
+        yield f"{name:<16}{_first_line(place)}{weight}"
 
 
 def _models(what: str) -> Iterator[str]:
@@ -48,6 +50,15 @@ def _models(what: str) -> Iterator[str]:
         else:
             names = importlib.import_module(f"diffkd.models.{source}").names()
             yield from (f"{source}/{name}" for name in names)
+
+
+def _weight(place: Path) -> float:
+    """The weight that a method's file says, or that of `Method`."""
+    kinds = [node for node in ast.parse(place.read_text()).body if isinstance(node, ast.ClassDef)]
+    for node in (statement for kind in kinds for statement in kind.body):
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["weight"]:
+            return float(ast.literal_eval(node.value))
+    return 1.0
 
 
 def _first_line(place: Path) -> str:

@@ -352,6 +352,7 @@ class Trainer:
         summary = {
             "recipe": self.recipe.name,
             "methods": list(self.recipe.method),
+            "weights": dict(zip(self.recipe.method, self.distiller.weights.values(), strict=True)),
             "seed": self.recipe.seed,
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
