@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffkd.methods.base import Method, Setup
     from diffkd.methods.diffkd import DiffKD
     from diffkd.tasks.base import Figures, Task
+    from diffkd.use.student import load_student
 
 # Loaded on first use, so that the command line answers before PyTorch is imported.
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "Setup": "methods.base",
     "Task": "tasks.base",
     "UserError": "errors",
+    "load_student": "use.student",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Task",
     "UserError",
     "__version__",
+    "load_student",
 ]
 
 

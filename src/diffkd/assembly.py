@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffkd import __version__
 from diffkd.batch import Batch
 from diffkd.data.base import Data, Loader, Split, builder
 from diffkd.distiller import Distiller
@@ -20,6 +21,7 @@ from diffkd.models.freeze import freeze
 from diffkd.models.measure import Cost, cost
 from diffkd.models.weights import description, is_local, load_state, read_weights
 from diffkd.pictures.memory import mix_batch
+from diffkd.pictures.view import TestView
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
 from diffkd.tasks.base import Figures, Task, task_class
 
@@ -33,6 +35,7 @@ class Side:
     Attributes:
         notes: what was decided for the user, one line each.
         weights: where its weights come from.
+        input_shape: `(C, H, W)` of pictures that it was built for.
         fresh_head: its weights were made for other classes, so that its class scores mean nothing yet.
         frozen: layers that stay in evaluation mode while it trains.
     """
@@ -44,6 +47,7 @@ class Side:
     weights: str | None = None
     fresh_head: bool = False
     frozen: tuple[nn.Module, ...] = ()
+    input_shape: tuple[int, int, int] = (3, 0, 0)
 
     def to(self, device: torch.device) -> "Side":
         """Moves the model and its preparation to a device."""
@@ -258,7 +262,8 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
         wanted.model, num_classes=data.num_classes, image_shape=shape, options=wanted.options
     )
     resized = None if size is None or (size, size) == (height, width) else (size, size)
-    side = Side(wanted.model, model, models.Preprocess(mean, std, resized, channels=shape[0]), weights.notes)
+    prepare = models.Preprocess(mean, std, resized, channels=shape[0])
+    side = Side(wanted.model, model, prepare, weights.notes, input_shape=shape)
     if resized is not None:
         side.notes.append(f"pictures of {height}x{width} resized to {size}x{size}")
     if weights.state:
@@ -334,14 +339,25 @@ def evaluate(side: Side, task: Task, loader: Loader, reference: Side | None = No
 
 
 def describe_student(parts: Parts, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """What somebody needs to know to use the student's weights: `student/config.json`."""
-    side, data = parts.student, parts.data
+    """All that is needed to use the student's weights, wherever they lie: `student/config.json`."""
+    side, data, wanted = parts.student, parts.data, parts.recipe
+    channels, height, width = data.image_shape
+    view = data.view or (
+        TestView("resize", (height, width), channels=channels)
+        if parts.task.resizes
+        else TestView("whole", channels=channels)
+    )
     return {
+        "diffkd": __version__,
         "model": side.name,
-        "task": parts.recipe.task.name,
+        "options": wanted.student.options,
+        "input_shape": list(side.input_shape),
+        "task": wanted.task.name,
+        "task_options": wanted.task.options,
         "num_classes": data.num_classes,
         "class_names": list(data.class_names),
         "image_shape": list(data.image_shape),
+        "view": view.as_dict(),
         "mean": side.prepare.mean.flatten().tolist(),
         "std": side.prepare.std.flatten().tolist(),
         "size": side.prepare.size,

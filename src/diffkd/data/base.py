@@ -14,6 +14,7 @@ from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
 from diffkd.maths.randomness import generators_kept, mix, seed_sample
 from diffkd.names import is_path, load_object, load_submodule, options_of, submodules
+from diffkd.pictures.view import TestView
 
 
 @runtime_checkable
@@ -62,6 +63,8 @@ class Data:
         class_names: in the order of the class indices, or empty.
         collate: makes a Batch of a list of samples; None stacks images and targets.
         notes: what was decided for the user (a held-out share, a folder chosen), one line each.
+        view: how a picture file becomes a test image; None resizes it to `image_shape`, or keeps it where
+            the task works on whole pictures.
     """
 
     train: Split
@@ -73,6 +76,7 @@ class Data:
     class_names: tuple[str, ...] = ()
     collate: Callable[[list[Any]], Batch] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    view: TestView | None = None
 
 
 def builder(name: str) -> Callable[..., Data]:

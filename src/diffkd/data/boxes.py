@@ -70,6 +70,7 @@ def _data(train: Annotated, test: Annotated, options: BoxOptions, notes: list[st
         *options.splits(train, test),
         num_classes=len(train.classes),
         image_shape=options.image_shape,
+        view=options.view,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         class_names=train.classes,

@@ -70,6 +70,7 @@ def build(
         *options.splits(train, test),
         num_classes=class_count(num_classes, classes),
         image_shape=options.image_shape,
+        view=options.view,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         class_names=classes,

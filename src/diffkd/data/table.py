@@ -69,6 +69,7 @@ def build(
         *options.splits(train, test),
         num_classes=count,
         image_shape=options.image_shape,
+        view=options.view,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         class_names=classes,

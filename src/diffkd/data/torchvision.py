@@ -71,6 +71,7 @@ def build(
         *options.splits(train, test),
         num_classes=class_count(num_classes, classes, {dataset: whole.targets()}),
         image_shape=options.image_shape,
+        view=options.view,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         class_names=classes,

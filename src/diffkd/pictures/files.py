@@ -20,6 +20,7 @@ from torchvision.transforms import v2 as transforms
 
 from diffkd.errors import UserError, nearest
 from diffkd.pictures.memory import hold_out
+from diffkd.pictures.view import TestView
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -155,15 +156,15 @@ class PictureOptions:
             Pictures(test, self.test_transform(), self.max_corrupt),
         )
 
+    @property
+    def view(self) -> TestView:
+        """Of test pictures: their centre."""
+        size = (self.image_size, self.image_size)
+        return TestView("crop", size, self.crop_fraction, self.interpolation)
+
     def test_transform(self) -> Callable[[Image.Image], Tensor]:
         """From an RGB picture to its centre, `(3, image_size, image_size)` uint8."""
-        side = round(self.image_size / self.crop_fraction)
-        steps = [
-            transforms.Resize(side, self._mode),
-            transforms.CenterCrop(self.image_size),
-            transforms.PILToTensor(),
-        ]
-        return transforms.Compose(steps)  # type: ignore[no-any-return]
+        return self.view
 
     @property
     def _mode(self) -> Any:

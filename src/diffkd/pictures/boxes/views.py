@@ -17,6 +17,7 @@ from diffkd.pictures.files import Pictures, decode
 from diffkd.pictures.joint import RandomScale
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.options import quoted
+from diffkd.pictures.view import TestView
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class BoxOptions:
     def image_shape(self) -> tuple[int, int, int]:
         """`(C, H, W)` of a typical picture, three to four."""
         return 3, self.size, min(self.max_size, -(-self.size * 4 // 96) * 32)
+
+    @property
+    def view(self) -> TestView:
+        """Of test pictures: whole, at their size."""
+        return TestView("shortest", (self.size, self.max_size))
 
     def train_view(self) -> Any:
         """Changes a sample of tv_tensors (`image`, `boxes`) to a random view of it."""

@@ -1,0 +1,81 @@
+"""How a picture file is prepared for a trained model, as plain values that can be written down."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as transforms
+
+from diffkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class TestView:
+    """From an RGB picture to what the model's own normalisation takes, as in evaluation.
+
+    Attributes:
+        kind: "crop" resizes the shorter side and shows the centre; "resize" brings to `size` whatever
+            the proportions; "shortest" brings the shorter side to the first of `size`, the longer one to
+            the second at most; "whole" keeps the picture.
+        size: height and width, or shortest and longest side, in pixels; None for "whole".
+        crop_fraction: share of the shorter side that "crop" shows.
+        interpolation: how pictures are resized.
+        channels: 3, or 1 for grey.
+
+    >>> view = TestView("crop", (8, 8), crop_fraction=0.5)
+    >>> view(Image.new("RGB", (40, 30))).shape
+    torch.Size([3, 8, 8])
+    """
+
+    __test__ = False  # no test, whatever its name begins with
+
+    kind: Literal["crop", "resize", "shortest", "whole"]
+    size: tuple[int, int] | None = None
+    crop_fraction: float = 1.0
+    interpolation: str = "bilinear"
+    channels: int = 3
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """`(C, H, W)` uint8."""
+        if self.channels == 1:
+            picture = picture.convert("L")
+        tensor: Tensor = transforms.PILToTensor()(self._resized(picture))
+        return tensor
+
+    def _resized(self, picture: Image.Image) -> Any:
+        mode = InterpolationMode(self.interpolation)
+        if self.kind == "whole" or self.size is None:
+            return picture
+        if self.kind == "resize":
+            return transforms.Resize(self.size, mode)(picture)
+        if self.kind == "shortest":
+            # evaluation shrinks the tensor, not the Pillow picture: the same pixels here
+            return _shortest(picture, *self.size)
+        side = round(self.size[0] / self.crop_fraction)
+        return transforms.CenterCrop(self.size)(transforms.Resize(side, mode)(picture))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "TestView":
+        """From plain values.
+
+        Raises:
+            UserError: they do not describe a view.
+        """
+        try:
+            size = values.get("size")
+            return cls(**{**values, "size": None if size is None else (int(size[0]), int(size[1]))})
+        except (TypeError, ValueError, IndexError) as error:
+            raise UserError(f"'view' does not say how pictures are prepared: {error}") from error
+
+
+def _shortest(picture: Image.Image, shortest: int, longest: int) -> Image.Image:
+    tensor = transforms.RandomShortestSize([shortest], longest)(transforms.PILToTensor()(picture))
+    array = tensor.permute(1, 2, 0).contiguous() if len(tensor) == 3 else tensor[0]
+    return Image.fromarray(array.to(torch.uint8).numpy())
