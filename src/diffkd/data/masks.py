@@ -1,5 +1,7 @@
 """Folders of pictures and masks: paired by name, split or not."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from diffkd.data.base import Data
@@ -8,7 +10,7 @@ from diffkd.pictures.joint import VOID, JointOptions
 from diffkd.pictures.masks import MaskFiles, masked_splits, pair_up
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.options import data_folder, quoted, spread
-from diffkd.pictures.tables import read_table
+from diffkd.pictures.tables import is_colour, read_table
 
 _TEST_NAMES = ("val", "valid", "validation", "test")
 
@@ -51,7 +53,8 @@ def build(
     """
     folder = data_folder(root, "masks")
     names, codes, notes = _classes(classes, folder)
-    train, test, said = _splits(folder, (images, masks), mask_suffix, test_folder, val_fraction)
+    pair = partial(pair_up, suffix=mask_suffix, coloured=any(map(is_colour, codes or ())))
+    train, test, said = _splits(folder, (images, masks), pair, test_folder, val_fraction)
     found = masked_splits(train, test, options, names=names, codes=codes, ignore=ignore_index)
     return Data(**found | {"notes": (*said, *notes, *found["notes"])})
 
@@ -71,14 +74,18 @@ def _classes(
 
 
 def _splits(
-    folder: Path, kinds: tuple[str, str], suffix: str, test_folder: str | None, val_fraction: float
+    folder: Path,
+    kinds: tuple[str, str],
+    pair: Callable[[Path, Path], MaskFiles],
+    test_folder: str | None,
+    val_fraction: float,
 ) -> tuple[MaskFiles, MaskFiles, tuple[str, ...]]:
     """Training and test pairs, and a note where there was a choice."""
     pictures, masks = (_needed(folder / kind, kind) for kind in kinds)
     if not (pictures / "train").is_dir():
         if test_folder is not None:
             raise UserError(f"data.test_folder='{test_folder}', but '{pictures}' has no folder 'train'")
-        whole = pair_up(pictures, masks, suffix)
+        whole = pair(pictures, masks)
         kept, held = hold_out(len(whole), val_fraction)
         note = f"no test split in '{pictures}': {len(held)} of its {len(whole)} pictures held out as one"
         return whole.part(kept), whole.part(held), (note,)
@@ -89,10 +96,7 @@ def _splits(
     notes: tuple[str, ...] = ()
     if test_folder is None and len(found) > 1:
         notes = (f"tested on '{test}', not on {quoted(found[1:])}: data.test_folder chooses",)
-    splits = [
-        pair_up(_needed(pictures / name, name), _needed(masks / name, name), suffix)
-        for name in ("train", test)
-    ]
+    splits = [pair(_needed(pictures / name, name), _needed(masks / name, name)) for name in ("train", test)]
     return splits[0], splits[1], notes
 
 

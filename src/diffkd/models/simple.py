@@ -1,7 +1,14 @@
-"""Small convolutional networks for small pictures: `simple/cnn8` has 8 channels in its first stage."""
+"""Small convolutional networks for small pictures: `simple/cnn8` has 8 channels in its first stage.
+
+`simple/unet8` gives one class per pixel.
+"""
 
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
@@ -34,6 +41,49 @@ class SimpleCNN(nn.Module):
         return logits
 
 
+class SimpleUNet(nn.Module):
+    """Three stages that halve the size and double the width, and two back up that see the way down too.
+
+    Args:
+        width: channels of the first stage.
+        in_channels: of the pictures `(B, in_channels, H, W)`, from 8x8 pixels up.
+        num_classes: of the logits `(B, num_classes, H / 2, W / 2)`.
+
+    >>> SimpleUNet(4, 3, 5)(torch.rand(2, 3, 16, 24)).shape
+    torch.Size([2, 5, 8, 12])
+    """
+
+    def __init__(self, width: int, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        widths = [in_channels, width, 2 * width, 4 * width]
+        self.encoder = nn.ModuleList(_stage(a, b, 2) for a, b in pairwise(widths))
+        self.decoder = _Decoder(widths[1:])
+        self.segmentation_head = nn.Sequential(nn.Conv2d(width, num_classes, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        features = []
+        for stage in self.encoder:
+            x = stage(x)
+            features.append(x)
+        logits: Tensor = self.segmentation_head(self.decoder(features))
+        return logits
+
+
+class _Decoder(nn.Module):
+    """From the maps of all stages, shallow to deep, to one map at the first one's size and width."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(_stage(a + b, a, 1) for a, b in pairwise(widths))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        x = features[-1]
+        for stage, skip in zip(reversed(self.stages), reversed(features[:-1]), strict=True):
+            x = stage(torch.cat([skip, F.interpolate(x, skip.shape[-2:])], 1))
+        return x
+
+
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
@@ -48,17 +98,18 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Module:
 def build(
     name: str, *, in_channels: int = 3, image_size: tuple[int, ...] = (32, 32), num_classes: int = 10
 ) -> nn.Module:
-    """`cnnW` for any width W.
+    """`cnnW` to classify and `unetW` to segment, for any width W.
 
     Raises:
         UserError: the name is not of that form.
     """
-    match = re.fullmatch(r"cnn([1-9]\d{0,3})", name)
+    match = re.fullmatch(r"(cnn|unet)([1-9]\d{0,3})", name)
     if match is None:
-        raise UserError(f"unknown model 'simple/{name}'; write simple/cnn8, or another width")
-    return SimpleCNN(int(match[1]), in_channels, num_classes)
+        raise UserError(f"unknown model 'simple/{name}'; write simple/cnn8 or simple/unet8, or another width")
+    kind = SimpleCNN if match[1] == "cnn" else SimpleUNet
+    return kind(int(match[2]), in_channels, num_classes)
 
 
 def names() -> list[str]:
     """Some of them."""
-    return ["cnn4", "cnn8", "cnn16", "cnn32", "cnn64"]
+    return ["cnn4", "cnn8", "cnn16", "cnn32", "cnn64", "unet4", "unet8", "unet16", "unet32"]

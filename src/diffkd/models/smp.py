@@ -1,5 +1,7 @@
 """segmentation-models-pytorch: `smp/unet:resnet34`, any architecture with any encoder, timm's `tu-` too."""
 
+import inspect
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +37,8 @@ def build(
     """
     smp = _library()
     architecture, encoder = _parse(name)
+    if not encoder.startswith("tu-"):  # timm's take more, and refuse what they do not know
+        _check_options(name, smp.MODEL_ARCHITECTURES_MAPPING[architecture], options)
     if _fixed_size(encoder) and "dynamic_img_size" not in options:
         options = {"dynamic_img_size": True, **options}
     try:
@@ -116,6 +120,14 @@ def _parse(name: str) -> tuple[str, str]:
     elif encoder not in known:
         raise UserError(f"model 'smp/{name}': unknown encoder '{encoder}'{nearest(encoder, known)}")
     return architecture, encoder
+
+
+def _check_options(name: str, architecture: type[nn.Module], options: Mapping[str, Any]) -> None:
+    """Refuses what the library would pass over."""
+    known = [n for n in inspect.signature(architecture).parameters if n not in ("kwargs", "encoder_weights")]
+    for option in options:
+        if option not in known:
+            raise UserError(f"model 'smp/{name}' takes no option '{option}'{nearest(option, known)}")
 
 
 def _fixed_size(encoder: str) -> bool:

@@ -1,12 +1,14 @@
 """torchvision's models: `torchvision/resnet34`, with `weights: pretrained` or a name such as `IMAGENET1K_V1`.
 
 Detectors go by the same names, and with a backbone of timm: `torchvision/retinanet:timm/resnet18`.
+Segmentation models too (`torchvision/deeplabv3_resnet50`); those that can have their auxiliary head.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models import segmentation
 
 from diffkd.errors import UserError, nearest
 from diffkd.models import detectors
@@ -15,6 +17,7 @@ from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD
 
 # They give a tuple in training mode unless told otherwise.
 _PLAIN = {"aux_logits": False, "init_weights": True}
+_SEGMENTERS = models.list_models(module=segmentation)
 
 
 def build(
@@ -36,7 +39,9 @@ def build(
     if detectors.serves(name):
         return detectors.build(name, num_classes=num_classes, image_size=image_size, **options)
     builder = _builder(name)
-    plain = _PLAIN if name in ("googlenet", "inception_v3") else {}
+    plain: dict[str, Any] = _PLAIN if name in ("googlenet", "inception_v3") else {}
+    if name in _SEGMENTERS:
+        plain = {"weights_backbone": None} | ({} if name.startswith("lraspp") else {"aux_loss": True})
     options = {**plain, **_sized(name, image_size), **options}
     try:
         return builder(weights=None, num_classes=num_classes, **options)  # type: ignore[no-any-return]
@@ -53,6 +58,8 @@ def wants(name: str, weights: str | None) -> Wants:
     if weights is None:
         return Wants(224 if _sized(name, (224, 224)) else None, channels=3)
     seen = _weights(name, weights).transforms()
+    if name in _SEGMENTERS:
+        return Wants(None, tuple(seen.mean), tuple(seen.std), 3)
     return Wants(seen.crop_size[0], tuple(seen.mean), tuple(seen.std), 3)
 
 
@@ -67,12 +74,14 @@ def state(name: str, weights: str) -> dict[str, Tensor]:
         found = chosen.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         raise UserError(f"weights '{weights}' of 'torchvision/{name}' cannot be fetched: {error}") from error
+    if name in _SEGMENTERS:
+        return dict(found)
     return {key: value for key, value in found.items() if not key.lower().startswith("aux")}
 
 
 def names() -> list[str]:
     """All of them."""
-    return [*models.list_models(module=models), *detectors.names()]
+    return [*models.list_models(module=models), *_SEGMENTERS, *detectors.names()]
 
 
 def _builder(name: str) -> Any:

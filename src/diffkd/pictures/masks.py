@@ -47,10 +47,13 @@ class MaskFiles:
     """Picture files and mask files of the same names beneath two folders.
 
     Args:
-        pictures, masks: files, one a picture, in the same order.
+        pictures: picture files.
+        masks: mask files, one a picture, in the same order.
+        coloured: the masks' colours tell the classes.
     """
 
-    def __init__(self, pictures: Sequence[Path], masks: Sequence[Path]) -> None:
+    def __init__(self, pictures: Sequence[Path], masks: Sequence[Path], coloured: bool = False) -> None:
+        self.coloured = coloured
         # one block of bytes each: loader processes would copy a list of objects page by page
         self._pictures, self._masks = (
             np.array([os.fsencode(path) for path in paths], dtype=np.bytes_) for paths in (pictures, masks)
@@ -69,18 +72,22 @@ class MaskFiles:
 
     def codes(self, index: int) -> np.ndarray:
         """What the mask's file holds."""
-        return read_mask(Path(self.place(index)))
+        return read_mask(Path(self.place(index)), self.coloured)
 
     def part(self, places: np.ndarray) -> "MaskFiles":
         """The pictures at some places."""
         found = [int(i) for i in places]
-        return MaskFiles([self.picture(i) for i in found], [Path(self.place(i)) for i in found])
+        masks = [Path(self.place(i)) for i in found]
+        return MaskFiles([self.picture(i) for i in found], masks, self.coloured)
 
 
-def read_mask(place: Path) -> np.ndarray:
-    """The codes of a mask's file, `(H, W)` int64: values, indices of a palette, or colours.
+def read_mask(place: Path, coloured: bool = False) -> np.ndarray:
+    """The codes of a mask's file, `(H, W)` int64.
 
-    A colour picture in which red, green and blue are alike everywhere is one of grey values.
+    Args:
+        place: the file.
+        coloured: its colours are the codes, those of its palette too; else its values are, or the indices
+            of its palette. A colour picture has values where red, green and blue are alike everywhere.
 
     Raises:
         UserError: it cannot be read, is a JPEG (which invents colours), or holds fractions.
@@ -88,31 +95,31 @@ def read_mask(place: Path) -> np.ndarray:
     try:
         with Image.open(place) as opened:
             kind, mode = opened.format, opened.mode
-            values = np.asarray(opened.convert("RGB") if mode in ("RGBA", "PA", "CMYK") else opened)
+            many = coloured or mode in ("RGBA", "PA", "CMYK")
+            values = np.asarray(opened.convert("RGB") if many else opened)
     except Exception as error:  # damaged files raise nearly anything
         raise UserError(f"cannot read mask '{place}': {str(error).partition(chr(10))[0]}") from error
     if kind == "JPEG":
         raise UserError(f"mask '{place}' is a JPEG, which invents colours at every edge; save masks as PNG")
     if values.dtype.kind == "f":
         raise UserError(f"mask '{place}' holds fractions; save it with 8 or 16 bits")
-    if mode == "LA":
-        values = values[..., 0]
     values = values.astype(np.int64)
-    if values.ndim == 2:
-        return values
+    if values.ndim == 2 or mode == "LA":
+        return values if values.ndim == 2 else values[..., 0]
     red, green, blue = values[..., 0], values[..., 1], values[..., 2]
-    if (red == green).all() and (green == blue).all():
+    if not coloured and (red == green).all() and (green == blue).all():
         return np.asarray(red)
     return np.asarray(colour_code(0, 0, 0) + (red << 16) + (green << 8) + blue)
 
 
-def pair_up(pictures: Path, masks: Path, suffix: str = "") -> MaskFiles:
+def pair_up(pictures: Path, masks: Path, suffix: str = "", coloured: bool = False) -> MaskFiles:
     """Pairs the pictures and the masks beneath two folders by their names without ending.
 
     Args:
         pictures: the folder of pictures, with folders in it or not.
         masks: the folder of masks, of the same build.
         suffix: that the masks' names end with in addition.
+        coloured: the masks' colours tell the classes.
 
     Raises:
         UserError: one is missing, or stands for two.
@@ -131,7 +138,7 @@ def pair_up(pictures: Path, masks: Path, suffix: str = "") -> MaskFiles:
     spare = [path for name, path in theirs.items() if name.removesuffix(suffix) not in ours]
     if spare:
         raise UserError(f"no picture in '{pictures}' for the mask {quoted([str(path) for path in spare])}")
-    return MaskFiles(list(ours.values()), [theirs[name + suffix] for name in ours])
+    return MaskFiles(list(ours.values()), [theirs[name + suffix] for name in ours], coloured)
 
 
 def _by_name(folder: Path) -> dict[str, Path]:

@@ -254,7 +254,7 @@ def known_taps(model: nn.Module) -> tuple[str, str] | None:
     if {"backbone", "classifier.cbr"} <= layers.keys():  # LR-ASPP
         return "classifier.cbr", "classifier"
     if "backbone" in layers and isinstance(head := layers.get("classifier"), nn.Sequential):
-        kept = [i for i, layer in enumerate(head[:-1]) if not isinstance(layer, nn.Dropout)]
+        kept = [i for i, layer in enumerate(list(head)[:-1]) if not isinstance(layer, nn.Dropout)]
         return f"classifier.{kept[-1]}", "classifier"
     if "decode_head.classifier" in layers:
         inner = next((n for n in ("decode_head.activation", "decode_head.fpn_bottleneck") if n in layers), "")
