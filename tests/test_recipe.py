@@ -9,7 +9,12 @@ import yaml
 from conftest import TINY
 from diffkd.errors import UserError
 from diffkd.recipe.files import RECIPES, builtin
-from diffkd.recipe.schema import cache_key, check_options, difference, dump, load
+from diffkd.recipe.schema import check_options, dump, load
+from diffkd.runs.identity import difference, identify, short_name
+
+
+def key(recipe):
+    return short_name(identify(recipe, {}))
 
 
 def recipe(tmp_path, text, *overrides):
@@ -25,7 +30,7 @@ def test_every_recipe_is_short_valid_and_round_trips(name, tmp_path):
     (tmp_path / "again.yaml").write_text(dump(found))
     again = load(str(tmp_path / "again.yaml"))
     assert again.model_dump(exclude={"name"}) == found.model_dump(exclude={"name"})
-    assert cache_key(again) == cache_key(found)
+    assert key(again) == key(found)
 
 
 def test_all_files_of_recipes_are_short():
@@ -108,9 +113,9 @@ def test_teacher_recipe_and_its_key(tmp_path):
     same = recipe(
         tmp_path, TINY, made, "seed=5", "output=x", "data.workers=0", "method=kd", "student=simple/cnn2"
     )
-    assert cache_key(same.teacher_recipe()) == cache_key(teacher)
+    assert key(same.teacher_recipe()) == key(teacher)
     other = recipe(tmp_path, TINY, made, "data.batch_size=100")
-    assert cache_key(other.teacher_recipe()) != cache_key(teacher)
+    assert key(other.teacher_recipe()) != key(teacher)
 
 
 def test_difference_names_the_key(tmp_path):

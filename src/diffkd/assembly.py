@@ -1,7 +1,6 @@
 """From a recipe to the things that it names: data, task, models, distiller."""
 
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +22,8 @@ from diffkd.models.weights import description, is_local, load_state, read_weight
 from diffkd.pictures.memory import mix_batch
 from diffkd.pictures.view import TestView
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
+from diffkd.runs.content import digests
+from diffkd.runs.identity import Identity, identify
 from diffkd.tasks.base import Figures, Task, task_class
 
 AVAILABLE = "available"  # published weights where they can be fetched
@@ -116,16 +117,14 @@ class Parts:
             )
 
     @cached_property
-    def fingerprint(self) -> str:
-        """A short name of the data's content, wherever it lies: counts, classes, the first test pictures."""
-        data, sample = self.data, self.sample(16)
-        told = repr((len(data.train), len(data.test), data.class_names, data.num_classes))
-        tensors = [*(sample.images if isinstance(sample.images, list) else [sample.images]), sample.targets]
-        checksum = zlib.crc32(told.encode())
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                checksum = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), checksum)
-        return f"{checksum:08x}"
+    def content(self) -> dict[str, str]:
+        """Digests of the data. To be asked for before a sample is taken."""
+        return digests(self.data, self.recipe.data.root)
+
+    @property
+    def identity(self) -> Identity:
+        """All that determines the run's result."""
+        return identify(self.recipe, self.content)
 
     def distiller(self, sample: Batch) -> tuple[Distiller, list[str]]:
         """The distiller of the recipe's methods, and what it has to say of its taps."""

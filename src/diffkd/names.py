@@ -1,10 +1,13 @@
 """From a name in a recipe to the Python object it stands for, without a registry."""
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -82,12 +85,59 @@ def _load_module(where: str, name: str) -> ModuleType:
         raise UserError(f"'{name}' cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def source_of(name: str) -> bytes:
-    """The file that holds what `package.module:Name` or `folder/file.py:Name` names; empty if unknown."""
+def sources_of(name: str) -> dict[str, Path]:
+    """The files that hold what a name outside the library points to, by their paths from where it begins.
+
+    Those are the module's own file and the files beside it that it imports, in whatever depth. What is
+    installed counts for its own file alone.
+    """
+    where = name.rpartition(":")[0]
+    if _looks_like_file(where):
+        place = Path(where).with_suffix(".py").resolve()
+        root = place.parent
+    else:
+        module = sys.modules.get(where) or _load_module(where, name)
+        place = Path(getattr(module, "__file__", None) or "")
+        if not place.is_file():
+            return {}
+        place = place.resolve()
+        depth = where.count(".") + (place.name == "__init__.py")
+        root = place.parents[depth]
+    found: dict[str, Path] = {}
+    _gather(place, root, found)
+    return found
+
+
+def _gather(place: Path, root: Path, found: dict[str, Path]) -> None:
+    key = place.relative_to(root).as_posix()
+    if key in found or not place.is_file():
+        return
+    found[key] = place
+    if "site-packages" in place.parts or sysconfig.get_paths()["stdlib"] in map(str, place.parents):
+        return
     try:
-        return Path(inspect.getsourcefile(load_object(name)) or "").read_bytes()
-    except (TypeError, OSError):
-        return b""
+        tree = ast.parse(place.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        for folder, dotted in _imported(node, place, root):
+            for depth in range(1, len(dotted) + 1):
+                stem = folder.joinpath(*dotted[:depth])
+                for file in (stem.with_suffix(".py"), stem / "__init__.py"):
+                    if file.is_file() and file.resolve().is_relative_to(root):
+                        _gather(file.resolve(), root, found)
+
+
+def _imported(node: ast.AST, place: Path, root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Where an import statement may look among the neighbours, and for what."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield root, alias.name.split(".")
+    elif isinstance(node, ast.ImportFrom):
+        folder = place.parents[node.level - 1] if 0 < node.level <= len(place.parents) else root
+        above = node.module.split(".") if node.module else []
+        for alias in node.names:
+            yield folder, [*above, alias.name]
 
 
 # Files of a room that serve the others there and are not among its choices.

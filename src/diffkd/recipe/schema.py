@@ -1,10 +1,7 @@
 """The typed description of one run: reading, merging, checking, writing."""
 
-import hashlib
-import json
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +9,6 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model, model_validator
 
 from diffkd.errors import UserError, nearest
-from diffkd.names import is_path, source_of
 from diffkd.recipe.base import Count, NotNegative, Positive, Section
 from diffkd.recipe.errors import first_error
 from diffkd.recipe.files import read_layers
@@ -187,48 +183,6 @@ def dump(recipe: Recipe) -> str:
     content = recipe.model_dump(mode="json", exclude={"output", "resume"})
     text: str = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110)
     return text
-
-
-def cache_key(recipe: Recipe) -> str:
-    """A short name of everything that determines the weights that a recipe trains."""
-    from diffkd.models.weights import is_local, weights_file
-
-    content = _determining(recipe)
-    if recipe.student.weights is not None and is_local(recipe.student.weights):
-        content["start"] = zlib.crc32(weights_file(recipe.student.weights).read_bytes())
-    if is_path(recipe.student.model):
-        content["code"] = zlib.crc32(source_of(recipe.student.model))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def difference(one: Recipe, other: Recipe) -> str | None:
-    """The first key in which two recipes would train different weights, with both values."""
-    ours, theirs = dict(_flatten(_determining(one))), dict(_flatten(_determining(other)))
-    for key in ours | theirs:
-        if ours.get(key) != theirs.get(key):
-            return f"{key} is {ours.get(key)} there and {theirs.get(key)} here"
-    return None
-
-
-# What may differ between two runs of the same weights.
-_INDIFFERENT: Any = {
-    "output": True,
-    "resume": True,
-    "data": {"workers", "eval_batch_size", "root"},
-    "trainer": {"accelerator", "devices", "num_nodes", "strategy", "log_every", "save_every", "progress"},
-}
-
-
-def _determining(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude=_INDIFFERENT)
-
-
-def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, dict) and content:
-        for key, value in content.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, content
 
 
 def _validate(content: dict[str, Any], where: str) -> Recipe:

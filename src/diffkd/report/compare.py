@@ -26,7 +26,7 @@ from diffkd.report.similarity import similarity
 from diffkd.report.summary import finish, percent
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder, saying_where, write_atomically
-from diffkd.runs.places import check_data, check_folder
+from diffkd.runs.places import check_folder, check_identity
 from diffkd.training.fit import fit
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 
@@ -155,9 +155,11 @@ def check_methods(runs: Sequence[PlannedRun]) -> list[str]:
         try:
             seed_everything(run.recipe.seed)
             parts = assemble(run.recipe, with_teacher=bool(run.recipe.method))
+            identity = parts.identity
+            for other in (other for other in runs if other.method == label):
+                check_identity(other.folder, identity)
             sample = parts.sample(2)
             check_outputs(parts, sample)
-            check_data(run.folder, parts.fingerprint)
             notes |= dict.fromkeys([*parts.data.notes, *parts.distiller(sample)[1]])
         except UserError as error:
             raise UserError(f"methods: '{label}': {error}") from error

@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,19 +24,27 @@ from diffkd.errors import UserError
 
 History = list[dict[str, float]]
 
+_LOCK, _HOLDER = ".lock", ".holder"
+_CHECKED = ("student/model.safetensors", "student/config.json")
+_CHECKPOINT = re.compile(r"step-\d+-[0-9a-f]{8}\.pt")
+_LEAST_ROOM = 2**16  # bytes free under which a disk counts as full
+# What every summary holds.
+_SUMMARY = ("metric", "metric_label", "last", "best", "student", "teacher", "agreement", "device", "seconds")
+
 
 class RunFolder:
     """One run on disk.
 
     ```
     recipe.yaml      the resolved recipe: all that is needed to run it again
-    data.txt         a fingerprint of the data, so that the run is not continued on other data
+    identity.json    digests of data, weights, code and versions: the run is continued on the same only
     metrics.csv      one row per evaluation
     summary.json     figures of the finished run
     log.txt          what the run said
     events.out.*     TensorBoard
     checkpoints/     the last two and the best, each with its checksum in its name
     student/         model.safetensors (keys of the plain model) and config.json
+    checksums.json   of the student and the summary
     curves.png
     ```
 
@@ -61,8 +73,10 @@ class RunFolder:
         return self.path / "student" / "model.safetensors"
 
     def exists(self) -> bool:
-        """Whether there is anything at the place."""
-        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        """Whether there is anything at the place but what a run leaves that was ended at its very start."""
+        if not self.path.is_dir():
+            return self.path.exists() or self.path.is_symlink()
+        return any(not _is_leftover(entry) for entry in self.path.iterdir())
 
     def create(self, recipe: str) -> None:
         """Makes the folder with its recipe.
@@ -73,6 +87,58 @@ class RunFolder:
         with saying_where(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.write_text("recipe.yaml", recipe)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps the folder for this process.
+
+        Raises:
+            UserError: another process has it, and who; or the place is not writable.
+        """
+        with saying_where(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock, holder = FileLock(self.path / _LOCK), self.path / _HOLDER
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                who = _first_line(holder) or "another process"
+                raise UserError(
+                    f"run folder '{self.path}' is being written by {who}; wait for it, or set output="
+                ) from error
+        try:
+            with saying_where(self.path):
+                started = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+                holder.write_text(f"process {os.getpid()} on {platform.node()} since {started}\n")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    @property
+    def knows_identity(self) -> bool:
+        """Whether the run says what it was made with."""
+        try:
+            return bool(self.read_identity())
+        except UserError:
+            return False
+
+    def write_identity(self, identity: Mapping[str, Mapping[str, str]]) -> None:
+        """identity.json: what the run is made with."""
+        self.write_text("identity.json", json.dumps(identity, indent=2) + "\n")
+
+    def read_identity(self) -> dict[str, dict[str, str]]:
+        """What the run was made with; empty where it does not say.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        place = self.path / "identity.json"
+        if not place.is_file():
+            return {}
+        found = _read_json(place)
+        if not all(isinstance(part, dict) for part in found.values()):
+            raise UserError(f"'{place}' is damaged: it is no mapping of digests")
+        return found
 
     def write_text(self, name: str, text: str) -> None:
         """Replaces a small file."""
@@ -107,14 +173,43 @@ class RunFolder:
         """metrics.csv as rows of numbers.
 
         Raises:
-            UserError: the file is missing or not readable.
+            UserError: the file is missing or damaged.
         """
-        with saying_where(self.path / "metrics.csv"), (self.path / "metrics.csv").open() as file:
-            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        place = self.path / "metrics.csv"
+        with saying_where(place):
+            content = place.read_bytes()
+        try:
+            rows = list(csv.DictReader(io.StringIO(content.decode()), strict=True))
+            history = [{k: float(v) for k, v in row.items() if v} for row in rows]
+        except (ValueError, TypeError, csv.Error) as error:
+            raise UserError(f"'{place}' is damaged: {_reason(error)}") from error
+        if not history or not all("epoch" in row for row in history):
+            raise UserError(f"'{place}' is damaged: it has no rows of epochs")
+        return history
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """summary.json; its presence says that the run is finished."""
-        self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+        """summary.json; its presence says that the run is finished. The checksums are written before."""
+        text = json.dumps(summary, indent=2) + "\n"
+        checksums = {
+            name: f"{_crc(self.path / name):08x}" for name in _CHECKED if (self.path / name).is_file()
+        }
+        checksums["summary.json"] = f"{zlib.crc32(text.encode()):08x}"
+        self.write_text("checksums.json", json.dumps(checksums, indent=2) + "\n")
+        self.write_text("summary.json", text)
+
+    def damage(self) -> str | None:
+        """What of a finished run is damaged or missing; None where all fits its checksums."""
+        place = self.path / "checksums.json"
+        try:
+            wanted = _read_json(place) if place.is_file() else {}
+        except UserError as error:
+            return str(error)
+        for name, checksum in wanted.items():
+            if not (self.path / name).is_file():
+                return f"'{self.path / name}' is missing"
+            if f"{_crc(self.path / name):08x}" != checksum:
+                return f"'{self.path / name}' is damaged: its checksum does not fit"
+        return None
 
     def read_summary(self) -> dict[str, Any]:
         """The figures of a finished run.
@@ -127,10 +222,11 @@ class RunFolder:
             raise UserError(f"'{self.path}' is not a run folder (it has no recipe.yaml)")
         if not place.is_file():
             raise UserError(f"the run in '{self.path}' has not finished; {resume_hint(self.path)}")
-        try:
-            return json.loads(place.read_text())  # type: ignore[no-any-return]
-        except (OSError, ValueError) as error:
-            raise UserError(f"'{place}' cannot be read: {error}") from error
+        found = _read_json(place)
+        lacking = [key for key in _SUMMARY if key not in found]
+        if lacking:
+            raise UserError(f"'{place}' is damaged: it lacks {lacking[0]}")
+        return found
 
     @property
     def finished(self) -> bool:
@@ -160,24 +256,28 @@ class RunFolder:
         """
         partial = self.checkpoints / f"writing-{step:09d}.tmp"
         try:
+            self.checkpoints.mkdir(exist_ok=True)
             write(partial)
             final = self.checkpoints / f"step-{step:09d}-{_crc(partial):08x}.pt"
             _settle(partial, final)
         except (OSError, RuntimeError) as error:
+            full = isinstance(error, RuntimeError) and _no_space(self.path, error)
+            reason = f"no space left on the disk ({_reason(error)})" if full else _reason(error)
             partial.unlink(missing_ok=True)
             raise UserError(
-                f"checkpoint of step {step} cannot be written to '{self.checkpoints}': {_reason(error)}; "
+                f"checkpoint of step {step} cannot be written to '{self.checkpoints}': {reason}; "
                 f"earlier checkpoints are intact, make room and {resume_hint(self.path)}"
             ) from error
-        kept = {_step(path) for path in self.list_checkpoints()[-2:]} | set(keep)
+        kept = set(keep) | set(sorted({_step(path) for path in self.list_checkpoints()})[-2:])
         for path in self.list_checkpoints():
-            if _step(path) not in kept:
+            if _step(path) not in kept or (_step(path) == step and path != final):
                 path.unlink()
         return final
 
     def list_checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("step-*.pt"), key=_step)
+        """Complete checkpoints, oldest first; of two of one step the one written first."""
+        found = [path for path in self.checkpoints.glob("step-*.pt") if _CHECKPOINT.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns))
 
     def newest_checkpoint(self, warn: Callable[[str], None]) -> Path | None:
         """The newest checkpoint whose content fits its checksum; damaged ones are told of and skipped."""
@@ -197,11 +297,23 @@ def resume_hint(path: Path) -> str:
 
 
 def write_atomically(place: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the place, syncs, renames: the place holds the old content or the new."""
-    partial = place.with_name(place.name + ".tmp")
+    """Writes beside the place, syncs, renames: the place holds the old content or the new.
+
+    The name beside it is this process's own, so that two that write one place do not meet.
+
+    Raises:
+        UserError: a writer that knows no errors of the system could not write: the disk is full, say.
+    """
+    partial = place.with_name(f"{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         write(partial)
         _settle(partial, place)
+    except OSError:
+        raise
+    except Exception as error:
+        if not _no_space(place, error):
+            raise
+        raise UserError(f"'{place}': no space left on the disk ({_reason(error)})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -253,7 +365,44 @@ def _step(path: Path) -> int:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _no_space(place: Path, error: Exception) -> bool:
+    """Whether a writer's own error means a full disk, or one that cannot be written."""
+    words = ("no space", "os error 28", "unexpected pos", "write failed", "failed writing", "i/o error")
+    return any(word in str(error).lower() for word in words) or free_space(place) < _LEAST_ROOM
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Whether an entry of a run folder says nothing: an empty folder of checkpoints, a lock, half a file."""
+    if entry.name == "checkpoints" and entry.is_dir():
+        return not any(entry.iterdir())
+    return entry.name in (_LOCK, _HOLDER) or entry.suffix == ".tmp"
+
+
+def _first_line(place: Path) -> str:
+    try:
+        return (place.read_text().splitlines() or [""])[0]
+    except (OSError, ValueError):
+        return ""
+
+
+def _read_json(place: Path) -> dict[str, Any]:
+    """A mapping from a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    with saying_where(place):
+        content = place.read_bytes()
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{place}' is damaged: {_reason(error)}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"'{place}' is damaged: it is no mapping")
+    return found
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

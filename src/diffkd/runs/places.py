@@ -1,13 +1,15 @@
 """Where runs and trained teachers are kept, and whether they may be."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
 
 from diffkd.errors import UserError
-from diffkd.recipe.schema import Recipe, difference, load
+from diffkd.recipe.schema import Recipe, load
 from diffkd.runs.folder import RunFolder, free_space
+from diffkd.runs.identity import Identity, changed, difference
 
 CACHE_ROOM = 200 * 2**20  # bytes that must be free before a teacher is trained into the cache
 
@@ -30,11 +32,29 @@ def check_cache(place: Path) -> None:
         raise UserError(f"no space left in the cache folder '{place.parent}'; make room, or {hint}")
 
 
-def check_data(folder: RunFolder, fingerprint: str) -> None:
-    """Raises UserError where the run in the folder was made on other data."""
-    place = folder.path / "data.txt"
-    if place.is_file() and place.read_text().strip() != fingerprint:
-        raise UserError(f"the run in '{folder.path}' was made on other data; set output= for a new run")
+def check_identity(
+    folder: RunFolder, identity: Identity, warn: Callable[[str], None] = lambda _: None
+) -> None:
+    """Checks that a run's data, weights, code and versions are still those that it was made with.
+
+    Args:
+        folder: of the run; one that does not say what it was made with passes.
+        identity: of what is at hand.
+        warn: is told where the run's own account is damaged.
+
+    Raises:
+        UserError: something differs; it is named.
+    """
+    try:
+        made_with = folder.read_identity()
+    except UserError as error:
+        return warn(f"{error}; it is made anew, and whether the run was made with the same is not known")
+    differing = changed(made_with, identity)
+    if differing is not None:
+        raise UserError(
+            f"the run in '{folder.path}' was made on other {differing}; set output= for a new run"
+        )
+    return None
 
 
 def check_folder(folder: RunFolder, recipe: Recipe) -> None:

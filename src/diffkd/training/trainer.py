@@ -18,7 +18,7 @@ from diffkd.models.measure import machine, peak_memory, reset_peak_memory
 from diffkd.recipe.schema import Recipe, dump
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
-from diffkd.runs.places import check_data, check_folder
+from diffkd.runs.places import check_folder, check_identity
 from diffkd.tasks.base import Figures
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state
 from diffkd.training.devices import on_first
@@ -27,6 +27,7 @@ from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.length import Length
 from diffkd.training.meter import Meter, Place
 from diffkd.training.optim import build_optimizer, lr_factor, set_lr
+from diffkd.training.teacher import teacher_figures
 
 
 class Trainer:
@@ -47,7 +48,7 @@ class Trainer:
         on_first(fabric, lambda: check_folder(self.folder, recipe))
         seed_everything(recipe.seed)
         self.parts = parts = assemble(recipe, with_teacher=bool(recipe.method))
-        on_first(fabric, lambda: check_data(self.folder, parts.fingerprint))
+        on_first(fabric, lambda: check_identity(self.folder, parts.identity, reporter.warn))
         sample = parts.sample(2)
         self.agreement = sample.targets is None
         check_outputs(parts, sample)
@@ -122,7 +123,8 @@ class Trainer:
             fresh = not self.folder.exists()
             if fresh:
                 self.folder.create(dump(self.recipe))
-                self.folder.write_text("data.txt", self.parts.fingerprint + "\n")
+            if fresh or not self.folder.knows_identity:
+                self.folder.write_identity(self.parts.identity)
             self.reporter.log = self.folder.say
             for line in (f"run folder: {self.folder.path}", *self.parts.account(self.distiller)):
                 self.reporter.note(line)
@@ -141,14 +143,16 @@ class Trainer:
 
     def _judge_teacher(self) -> dict[str, float] | None:
         """The teacher's own figures; warns where it looks untrained."""
-        parts = self.parts
-        if parts.teacher is None:
+        parts, teacher = self.parts, self.parts.teacher
+        if teacher is None:
             return None
-        figures = dict(evaluate(parts.teacher, parts.task, self.test_loader, parts.teacher).scalars)
+        figures = teacher_figures(
+            parts, self.fabric, lambda: evaluate(teacher, parts.task, self.test_loader, teacher)
+        )
         score, chance = figures[parts.task.metric], parts.task.chance
         if chance is not None and score < 2 * chance:
             self.reporter.warn(
-                f"teacher '{parts.teacher.name}' looks untrained: {parts.task.metric_label} "
+                f"teacher '{teacher.name}' looks untrained: {parts.task.metric_label} "
                 f"{100 * score:.2f} % is near chance ({100 * chance:.2f} %); give teacher.weights"
             )
         return figures

@@ -1,0 +1,190 @@
+"""The teacher of a run: made once and kept, made again where it is damaged; how good it is, measured once."""
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from lightning.fabric import Fabric
+
+from diffkd.assembly import Parts
+from diffkd.errors import UserError
+from diffkd.recipe.schema import Recipe, load
+from diffkd.runs.console import Reporter
+from diffkd.runs.content import combined
+from diffkd.runs.folder import RunFolder, write_atomically
+from diffkd.runs.identity import Identity, changed, difference, identify, short_name
+from diffkd.runs.places import cache_folder, check_cache, check_folder, check_identity
+from diffkd.tasks.base import Figures
+from diffkd.training.devices import on_first
+from diffkd.training.interrupt import InterruptedRunError
+
+_WAIT = 5.0  # seconds between two looks at whether another run has made the teacher
+
+
+def make_teacher(
+    recipe: Recipe,
+    parts: Parts,
+    fabric: Fabric,
+    reporter: Reporter,
+    train: Callable[[Recipe, Reporter], RunFolder],
+) -> RunFolder:
+    """The run that trained the recipe's teacher: found in the cache, or run now and kept there.
+
+    Args:
+        recipe: the student's run.
+        parts: the run's, whose data and teacher's weights, as they were found, determine the teacher too.
+        fabric: launched.
+        reporter: says what happens.
+        train: runs the teacher's recipe.
+
+    Raises:
+        UserError: the cache folder cannot be used.
+    """
+    wanted = recipe.teacher_recipe()
+    start = {"weights": parts.teacher.weights if parts.teacher else None}
+    wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update=start)})
+    identity = identify(wanted, parts.content) if fabric.is_global_zero else {}
+    place = Path(fabric.broadcast(str(_place(wanted, identity))))
+    wanted = wanted.model_copy(update={"output": str(place), "resume": True})
+    folder, model = RunFolder(place), wanted.student.model
+    if fabric.broadcast(_serves(folder, wanted, identity, reporter)):
+        reporter.note(f"teacher: {model} from {place}")
+        return folder
+    on_first(fabric, lambda: check_cache(place))
+    reporter.note(f"teacher: training {model} once, kept in {place}")
+    if fabric.is_global_zero and not folder.exists():
+        _say_why(place, wanted, identity, reporter)
+    with ExitStack() as held:
+        _take_turns(held, place, fabric, reporter)
+        if fabric.broadcast(_serves(folder, wanted, identity, reporter)):  # by another run, meanwhile
+            return folder
+        try:
+            return train(wanted, reporter.silent("teacher"))
+        except InterruptedRunError as error:
+            line = "stopped while the teacher was trained; saved; the same command goes on"
+            raise InterruptedRunError(line, error.signal) from error
+
+
+def _place(wanted: Recipe, identity: Identity) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", wanted.student.model)
+    return cache_folder() / "teachers" / f"{name}-{short_name(identity)}"
+
+
+def _serves(folder: RunFolder, wanted: Recipe, identity: Identity, reporter: Reporter) -> bool:
+    """Whether a whole teacher is there; one that is damaged, or cannot be gone on with, is removed."""
+    if not identity or not folder.exists():  # not the first process, or nothing there
+        return False
+    try:
+        check_folder(folder, wanted)
+        check_identity(folder, identity)
+        if not folder.finished:
+            return False
+        folder.read_summary()
+        damage = folder.damage()
+        if damage is None and not folder.student_file.is_file():
+            damage = f"'{folder.student_file}' is missing"
+    except UserError as error:
+        damage = str(error)
+    if damage is not None:
+        reporter.note(f"teacher: {damage}; it is made again")
+        shutil.rmtree(folder.path, ignore_errors=True)
+    return damage is None
+
+
+def _say_why(place: Path, wanted: Recipe, identity: Identity, reporter: Reporter) -> None:
+    """Says in what the newest teacher of this model differs from the one that is wanted."""
+    stem = place.name.rpartition("-")[0]
+    others = [
+        p for p in place.parent.glob(f"{stem}-*/identity.json") if p.parent.name.rpartition("-")[0] == stem
+    ]
+    for other in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[:1]:
+        folder = RunFolder(other.parent)
+        try:
+            why = difference(load(str(folder.recipe_file)), wanted) or changed(
+                folder.read_identity(), identity
+            )
+        except UserError:
+            continue
+        if why is not None:
+            reporter.note(f"teacher: the one in {folder.path} was made on other {why}")
+
+
+def _take_turns(held: ExitStack, place: Path, fabric: Fabric, reporter: Reporter) -> None:
+    """Waits until no other run makes this teacher; all processes look together: none is left alone."""
+    lock = FileLock(f"{place}.lock")
+    told = False
+    while True:
+        taken = False
+        if fabric.is_global_zero:
+            try:
+                lock.acquire(timeout=_WAIT)
+                held.callback(lock.release)
+                taken = True
+            except Timeout:
+                if not told:
+                    reporter.note("teacher: another run is making it; waiting")
+                told = True
+        if fabric.broadcast(taken):
+            return
+
+
+def teacher_figures(parts: Parts, fabric: Fabric, measure: Callable[[], Figures]) -> dict[str, float]:
+    """How good the teacher is on the test data: as it was measured before, or measured now and kept.
+
+    Args:
+        parts: of the run; there is a teacher.
+        fabric: launched.
+        measure: evaluates the teacher, in all processes.
+    """
+    place = cache_folder() / "figures" / f"{_judged(parts)}.json" if fabric.is_global_zero else None
+    known = fabric.broadcast(None if place is None else _read_figures(place))
+    if known is not None:
+        return known
+    figures = dict(measure().scalars)
+    if place is not None:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(place, lambda partial: partial.write_text(json.dumps(figures)))
+        except (OSError, UserError):
+            pass  # a cache that cannot be written is no reason to stop: it is measured again
+    return figures
+
+
+def _read_figures(place: Path) -> dict[str, float] | None:
+    try:
+        found = json.loads(place.read_bytes())
+        return {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def _judged(parts: Parts) -> str:
+    """A short name of all that the teacher's figures depend on, the tensors of the model themselves too."""
+    assert parts.teacher is not None
+    teacher, recipe = parts.teacher, parts.recipe
+    identity = parts.identity
+    tensors = [
+        f"{name} {zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)}"
+        for name, value in teacher.model.state_dict().items()
+        if isinstance(value, torch.Tensor) and value.numel()
+    ]
+    seen = [
+        teacher.prepare.mean.flatten().tolist(),
+        teacher.prepare.std.flatten().tolist(),
+        teacher.prepare.size,
+    ]
+    told = [teacher.name, repr(recipe.teacher and recipe.teacher.options), repr(seen)]
+    told += [
+        recipe.task.name,
+        repr(recipe.task.options),
+        recipe.data.name,
+        repr(sorted(recipe.data.options.items())),
+    ]
+    told += [f"{k} {v}" for k, v in identity["data"].items() if not k.startswith("training")]
+    return combined([*told, repr(identity["code"]), repr(identity["versions"]), *tensors])
