@@ -10,7 +10,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,12 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps the folder for this process.
+        """Keeps the folder for this process; one that was made for it and in which nothing came is removed.
 
         Raises:
             UserError: another process has it, and who; or the place is not writable.
         """
+        fresh = [place for place in (self.path, *self.path.parents) if not place.exists()]
         with saying_where(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock, holder = FileLock(self.path / _LOCK), self.path / _HOLDER
@@ -113,6 +114,11 @@ class RunFolder:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
+            if fresh and not self.exists():
+                shutil.rmtree(self.path, ignore_errors=True)
+                with suppress(OSError):  # others may use them by now
+                    for place in fresh[1:]:
+                        place.rmdir()
 
     @property
     def knows_identity(self) -> bool:
