@@ -189,7 +189,7 @@ class RunFolder:
             history = [{k: float(v) for k, v in row.items() if v} for row in rows]
         except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"'{place}' is damaged: {_reason(error)}") from error
-        if not history or not all("epoch" in row for row in history):
+        if not history or not all("epoch" in row or "step" in row for row in history):
             raise UserError(f"'{place}' is damaged: it has no rows of epochs")
         return history
 
