@@ -159,8 +159,7 @@ class _Content:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             if isinstance(split, BatchedSplit):
-                generator = torch.Generator().manual_seed(0)
-                self._take(tuple(split.batch(torch.from_numpy(places), generator)), self.pictures, 0)
+                self._take(tuple(split.batch(torch.from_numpy(places), 0)), self.pictures, 0)
 
 
 _NO_CONTENT = (FunctionType, MethodType, ModuleType, type, nn.Module, torch.Generator, np.random.Generator)
