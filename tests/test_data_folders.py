@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffkd.data.base import Loader, builder
 from diffkd.errors import UserError
-from diffkd.pictures.files import ENDINGS
+from diffkd.pictures.decoding import ENDINGS
 from picture_cases import GREEN, RED, build, error, paint, tree
 
 # folders
@@ -25,7 +25,9 @@ def test_split_folders(tmp_path, name):
     tree(tmp_path / name, count=2)
     data = build(tmp_path)
     assert (len(data.train), len(data.test), data.num_classes, data.image_shape) == (8, 4, 2, (3, 8, 8))
-    assert (data.class_names, data.notes) == (("cat", "dog"), ())
+    assert data.class_names == ("cat", "dog")
+    (note,) = data.notes
+    assert "4 of 4 test pictures looked at are training pictures too" in note
     assert [target for _, target in (data.test[i] for i in range(4))] == [0, 0, 1, 1]
     batch = next(Loader(data.train, 8, shuffle=True).epoch())
     assert (batch.images.shape, batch.images.dtype) == ((8, 3, 8, 8), torch.uint8)

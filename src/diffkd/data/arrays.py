@@ -15,6 +15,7 @@ def build(
     val_fraction: float = 0.1,
     labels: Literal["given", "none"] = "given",
     num_classes: int | None = None,
+    first_label: int = 0,
     options: ArrayOptions,
 ) -> Data:
     """A folder with one of these pairs for each split.
@@ -30,6 +31,7 @@ def build(
         val_fraction: share of the training pictures to test on, where there is no test file.
         labels: "none" trains without labels; the test split keeps those that it has.
         num_classes: number of classes; the highest label plus one if not given.
+        first_label: the number of the first class.
         options: how training pictures are augmented.
 
     Raises:
@@ -37,7 +39,11 @@ def build(
     """
     folder = data_folder(root, "arrays")
     train, test, count, notes = load_arrays(
-        folder, labels=labels, val_fraction=val_fraction, num_classes=num_classes
+        folder,
+        labels=labels,
+        val_fraction=val_fraction,
+        num_classes=num_classes,
+        first_label=first_label,
     )
     mean, std = channel_statistics(train.images)
     channels, height, width = train.images.shape[1:]

@@ -1,9 +1,9 @@
 """What a data set is, and the loader that deals its samples out in a repeatable order."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,7 +14,12 @@ from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
 from diffkd.maths.randomness import generators_kept, mix, seed_sample
 from diffkd.names import is_path, load_object, load_submodule, options_of, submodules
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Source, shared_pictures
+from diffkd.pictures.memory import ArraySplit, channel_statistics
 from diffkd.pictures.view import TestView
+
+if TYPE_CHECKING:  # it brings timm and torchvision, which arrays do without
+    from diffkd.pictures.views import PictureOptions
 
 
 @runtime_checkable
@@ -61,10 +66,10 @@ class Data:
         image_shape: `(C, H, W)` of an image, or of a typical one where sizes differ.
         mean, std: per channel, on the scale 0 to 1, of the training images.
         class_names: in the order of the class indices, or empty.
-        collate: makes a Batch of a list of samples; None stacks images and targets.
-        notes: what was decided for the user (a held-out share, a folder chosen), one line each.
         view: how a picture file becomes a test image; None resizes it to `image_shape`, or keeps it where
             the task works on whole pictures.
+        collate: makes a Batch of a list of samples; None stacks images and targets.
+        notes: what was decided for the user (a held-out share, a folder chosen), one line each.
     """
 
     train: Split
@@ -74,9 +79,63 @@ class Data:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     class_names: tuple[str, ...] = ()
+    view: TestView | None = None
     collate: Callable[[list[Any]], Batch] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
-    view: TestView | None = None
+
+
+def of_pictures(
+    options: "PictureOptions",
+    train: Source,
+    test: Source,
+    *,
+    num_classes: int,
+    class_names: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Data:
+    """A data set of pictures that are read one by one, or kept in memory where they are small.
+
+    Args:
+        options: how they are seen.
+        train: where those to train on come from.
+        test: where those to test on do.
+        num_classes: as in `Data`.
+        class_names: as in `Data`.
+        notes: as in `Data`; what is decided here is added.
+    """
+    levels, note = options.levels(train)
+    found = Data(
+        *options.splits(train, test, levels),
+        num_classes=num_classes,
+        image_shape=options.image_shape,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        class_names=class_names,
+        view=options.view,
+        notes=notes + note + shared_pictures(train, test),
+    )
+    size = options.kept_size(train)
+    if size is None:
+        return found
+    images, targets = options.read(train, levels)
+    mean, std = channel_statistics(images)
+    padding = max(min(size) // 8, 1) if options.crop_padding is None else options.crop_padding
+    note = (
+        f"all pictures are {size[0]}x{size[1]}: kept in memory at that size, with crop_padding={padding} and "
+        "their own mean and std; data.image_size=224 enlarges them",
+    )
+    return replace(
+        found,
+        train=ArraySplit(
+            images, targets, crop_padding=padding, flip=options.flip, cutout=options.cutout, fill=mean
+        ),
+        test=ArraySplit(*options.read(test, levels)),
+        image_shape=(3, *size),
+        view=None,
+        mean=mean,
+        std=std,
+        notes=found.notes + note,
+    )
 
 
 def builder(name: str) -> Callable[..., Data]:

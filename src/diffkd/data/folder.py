@@ -1,23 +1,17 @@
 """Folders of pictures: one folder a class, split or not; or unlabelled pictures in any folder."""
 
-import os
+import re
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from diffkd.data.base import Data
+from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError
-from diffkd.pictures.files import (
-    ENDINGS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Files,
-    PictureOptions,
-    Source,
-    held_out,
-)
-from diffkd.pictures.options import class_count, data_folder, quoted, same_classes, spread
+from diffkd.pictures.files import Files, Source, held_out
+from diffkd.pictures.options import class_count, class_notes, data_folder, quoted, same_classes, spread
+from diffkd.pictures.scan import Scan
+from diffkd.pictures.views import PictureOptions
 
 _TEST_NAMES = ("val", "valid", "validation", "test")
 
@@ -30,12 +24,13 @@ def build(
     test_folder: str | None = None,
     labels: Literal["given", "none"] = "given",
     num_classes: int | None = None,
+    class_order: list[str] | Literal["name", "natural"] = "name",
     options: PictureOptions,
 ) -> Data:
     """Pictures in `train/CLASS/`, tested on those in `val/CLASS/`; or in `CLASS/` alone.
 
-    Classes are numbered in the order of their folders' names. The mean and standard deviation are
-    ImageNet's, as most models want them.
+    Classes are numbered in the order of their folders' names. A class may lack test pictures.
+    The mean and standard deviation are ImageNet's, as most models want them.
 
     Args:
         root: the folder that holds `train` and one of `val`, `valid`, `validation`, `test` (the first
@@ -45,36 +40,49 @@ def build(
         labels: "none" takes every picture beneath the training folder, whatever the folders' names,
             and trains without labels; the test folder keeps its classes if it has any.
         num_classes: needed without labels; else checked against the class folders.
+        class_order: how classes are numbered: "name", as the alphabet has their folders' names (1, 10,
+            2); "natural", numbers in names counting as such (1, 2, 10); or all names in their order.
         options: how pictures are augmented.
 
     Raises:
-        UserError: a folder is missing or empty, or the classes of training and test differ.
+        UserError: a folder is missing or cannot be read, a class has no training pictures, or a test
+            folder is no class.
     """
     folder = data_folder(root, "folder")
     test_place, notes = _find_test(folder, test_folder)
     place = folder / "train" if (folder / "train").is_dir() else folder
     if test_place is not None and place == folder:
         raise UserError(f"'{folder}' has a folder '{test_place.name}' but none named 'train'")
-    found, classes = _unlabelled(place) if labels == "none" else _labelled(place)
+    scans = [Scan(place)]
+    classes: tuple[str, ...] = ()
+    if labels == "none":
+        found = _unlabelled(scans[0])
+    else:
+        classes, told = _ordered(scans[0].folders(), class_order, place)
+        notes += told
+        found = _labelled(scans[0], classes)
     train: Source = found
     test: Source
     if test_place is None:
-        train, test, notes = held_out(found, found.targets, val_fraction, str(place))
+        train, test, note = held_out(found, found.targets, val_fraction, str(place))
+        notes += note + (class_notes(len(classes), found.targets, None, classes) if classes else ())
     else:
-        flat = labels == "none" and not _folders_in(test_place)
-        test, test_classes = _unlabelled(test_place) if flat else _labelled(test_place)
+        scans.append(Scan(test_place))
+        names = scans[1].folders()
         if classes:
-            same_classes(classes, test_classes, str(test_place))
-        classes = test_classes
-    return Data(
-        *options.splits(train, test),
+            same_classes(classes, names, str(test_place))
+        elif names:
+            classes, told = _ordered(names, class_order, test_place)
+            notes += told
+        test = _labelled(scans[1], classes, names) if classes else _unlabelled(scans[1])
+        notes += class_notes(len(classes), found.targets, test.targets, classes) if classes else ()
+    return of_pictures(
+        options,
+        train,
+        test,
         num_classes=class_count(num_classes, classes),
-        image_shape=options.image_shape,
-        view=options.view,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
         class_names=classes,
-        notes=notes,
+        notes=notes + tuple(note for scan in scans for note in scan.notes()),
     )
 
 
@@ -92,40 +100,59 @@ def _find_test(folder: Path, name: str | None) -> tuple[Path | None, tuple[str, 
     )
 
 
-def _labelled(folder: Path) -> tuple[Files, tuple[str, ...]]:
-    """Pictures in class folders, however deep in them, and the classes."""
-    classes = _folders_in(folder)
-    if not classes:
-        what = "pictures but no class folders" if _pictures_in(folder) else "no pictures"
-        raise UserError(f"'{folder}' holds {what}; give one folder a class, or set data.labels=none")
-    found = [_pictures_in(folder / name) for name in classes]
+def _ordered(
+    names: list[str], order: list[str] | Literal["name", "natural"], folder: Path
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Classes in the order wanted, and a note where another is as likely."""
+    if isinstance(order, list):
+        if sorted(order) != sorted(names):
+            missing, unknown = sorted(set(names) - set(order)), sorted(set(order) - set(names))
+            what = f"lacks {quoted(missing)}" if missing else f"has {quoted(unknown or order)} once too often"
+            raise UserError(f"data.class_order {what}: it must name each class folder of '{folder}' once")
+        return tuple(order), ()
+    natural = sorted(names, key=_natural)
+    if order == "natural" or natural == names:
+        return tuple(natural), ()
+    place = next(place for place, pair in enumerate(zip(names, natural, strict=True)) if pair[0] != pair[1])
+    return tuple(names), (
+        f"classes are in the order of the alphabet: '{names[place]}' is class {place}; "
+        f"data.class_order=natural counts numbers in names, so that '{natural[place]}' is",
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts the numbers in names as numbers.
+
+    >>> sorted(["a10", "a9", "b"], key=_natural)
+    ['a9', 'a10', 'b']
+    """
+    parts = re.split("([0-9]+)", name)
+    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
+
+
+def _labelled(scan: Scan, classes: tuple[str, ...], there: list[str] | None = None) -> Files:
+    """Pictures in class folders, however deep in them.
+
+    Args:
+        scan: of the folder around them.
+        classes: the folders, in the order of the class indices.
+        there: those that are there, where some may be missing or empty.
+    """
+    if not classes or there == []:
+        what = "pictures but no class folders" if scan.pictures() else "no pictures"
+        raise UserError(f"'{scan.folder}' holds {what}; give one folder a class, or set data.labels=none")
+    found = [scan.pictures(name) if there is None or name in there else [] for name in classes]
     empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
-    if empty:
-        raise UserError(
-            f"no pictures in the class folder{'s' * (len(empty) > 1)} {quoted(empty)} of '{folder}'"
-        )
+    if empty and (there is None or len(empty) == len(classes)):
+        what = f"the class folder{'s' * (len(empty) > 1)} {quoted(empty)} of '{scan.folder}'"
+        raise UserError(f"no pictures in {what}" + "".join(f" ({note})" for note in scan.notes()))
     paths = [f"{name}/{path}" for name, paths in zip(classes, found, strict=True) for path in paths]
-    targets = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
-    return Files(folder, paths, targets), tuple(classes)
+    return Files(scan.folder, paths, np.repeat(np.arange(len(classes)), [len(paths) for paths in found]))
 
 
-def _unlabelled(folder: Path) -> tuple[Files, tuple[str, ...]]:
-    """All pictures beneath a folder, and no classes."""
-    paths = _pictures_in(folder)
+def _unlabelled(scan: Scan) -> Files:
+    """All pictures beneath a folder."""
+    paths = scan.pictures()
     if not paths:
-        raise UserError(f"no pictures in '{folder}'")
-    return Files(folder, paths, None), ()
-
-
-def _folders_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-
-
-def _pictures_in(folder: Path) -> list[str]:
-    """Paths of the pictures beneath a folder, relative to it, in the order of their names."""
-    found = []
-    for where, inner, files in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if name[0] != "."]
-        start = "" if where == str(folder) else Path(where).relative_to(folder).as_posix() + "/"
-        found += [start + name for name in files if name[0] != "." and name.lower().endswith(ENDINGS)]
-    return sorted(found)
+        raise UserError(f"no pictures in '{scan.folder}'")
+    return Files(scan.folder, paths, None)

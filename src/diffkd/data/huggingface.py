@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffkd.data.base import Data
+from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, nearest
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, PictureOptions, Source, held_out
+from diffkd.pictures.files import Item, Source, held_out
 from diffkd.pictures.options import class_count, spread
+from diffkd.pictures.views import PictureOptions
 
 _TEST_NAMES = ("validation", "valid", "val", "test")
 
@@ -71,13 +72,11 @@ def build(
         test = _Rows(_split(splits, held, name), image, label, f"{name} {held}")
         known[test.name] = test.targets
     classes = tuple(getattr(rows.features.get(label), "names", None) or ())
-    return Data(
-        *options.splits(train, test),
+    return of_pictures(
+        options,
+        train,
+        test,
         num_classes=class_count(num_classes, classes, known),
-        image_shape=options.image_shape,
-        view=options.view,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
         class_names=classes,
         notes=notes,
     )

@@ -2,33 +2,54 @@
 
 import csv
 import re
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from diffkd.data.base import Data
+from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, nearest
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Files, PictureOptions, Source, held_out
-from diffkd.pictures.options import class_count, data_folder, spread
+from diffkd.pictures.files import Files, Source, held_out
+from diffkd.pictures.options import class_count, class_notes, data_folder, quoted, spread
+from diffkd.pictures.scan import is_regular
+from diffkd.pictures.views import PictureOptions
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
+_ENDINGS = ("csv", "tsv", "txt")
+_PATHS = ("path", "filename", "file_name", "file", "filepath", "file_path", "image", "image_path", "img")
+_LABELS = ("label", "class", "class_name", "category", "target", "labels", "y")
 
 
 class _Table(NamedTuple):
-    """The rows of one file: paths relative to its folder, and labels unless they are not wanted."""
+    """The rows of one file, in few blocks of memory.
+
+    Attributes:
+        file: it.
+        pictures: the files that it lists.
+        codes: `(N,)` places in `labels`; None where labels are not wanted.
+        labels: the different labels, in the order of their first rows.
+        notes: columns that had to be found.
+    """
 
     file: Path
-    paths: list[str]
-    labels: list[str] | None
+    pictures: Files
+    codes: np.ndarray | None
+    labels: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @spread(PictureOptions)
 def build(
     root: str | None,
     *,
-    path_column: str = "path",
-    label_column: str = "label",
+    train_file: str | None = None,
+    test_file: str | None = None,
+    path_column: str | None = None,
+    label_column: str | None = None,
+    first_label: int = 0,
     val_fraction: float = 0.1,
     labels: Literal["given", "none"] = "given",
     num_classes: int | None = None,
@@ -36,13 +57,18 @@ def build(
 ) -> Data:
     """A folder with `train.csv` and `test.csv` (or `val.csv`), each with a line of column names.
 
-    Paths are relative to that folder, or absolute. Labels that are all whole numbers are class
+    Commas, semicolons or tabs stand between the columns. Paths are relative to that folder, or absolute;
+    those of Windows are understood. Labels that are all whole numbers are class
     indices; others are names of classes, numbered in the order of the alphabet.
 
     Args:
         root: the folder.
-        path_column: name of the column of paths.
-        label_column: name of the column of labels; further columns are left alone.
+        train_file: name of the file to train on, where it has another.
+        test_file: name of the file to test on, likewise.
+        path_column: name of the column of paths; "path", "filename" and the like are found.
+        label_column: name of the column of labels; "label", "class" and the like are found. Further
+            columns are left alone.
+        first_label: the number of the first class, where labels are numbers.
         val_fraction: share of every class to test on where there is only `train.csv`.
         labels: "none" trains without labels; the test file keeps its labels if it has the column.
         num_classes: needed without labels; else checked, but may exceed the highest class index.
@@ -52,80 +78,155 @@ def build(
         UserError: a file, column, picture or label is missing or wrong; it is named.
     """
     folder = data_folder(root, "table")
-    tables = [_read(folder / "train.csv", path_column, None if labels == "none" else label_column)]
-    place = next((file for file in (folder / "test.csv", folder / "val.csv") if file.is_file()), None)
-    if place is not None:
-        tables.append(_read(place, path_column, label_column, needed=labels == "given"))
-    targets, classes, count = _index(tables, num_classes)
-    splits = [Files(folder, table.paths, known) for table, known in zip(tables, targets, strict=True)]
-    train: Source
+    places = _find(folder, train_file, ("train",)), _find(folder, test_file, ("test", "val"))
+    if places[0] is None:
+        places = _only_table(folder), None
+    tables = [_read(places[0], path_column, label_column, wanted=labels == "given")]
+    if places[1] is not None:
+        tables.append(_read(places[1], path_column, label_column, needed=labels == "given"))
+    classes, count = _index(tables, num_classes, first_label)
+    known = [table.pictures.targets for table in tables]
+    notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
+    notes += class_notes(count, known[0], known[1] if len(known) > 1 else None, classes)
+    train: Source = tables[0].pictures
     test: Source
-    notes: tuple[str, ...] = ()
-    if place is None:
-        train, test, notes = held_out(splits[0], targets[0], val_fraction, str(folder))
+    if len(tables) == 1:
+        train, test, note = held_out(train, known[0], val_fraction, str(folder))
+        notes = note + notes
     else:
-        train, test = splits
-    return Data(
-        *options.splits(train, test),
-        num_classes=count,
-        image_shape=options.image_shape,
-        view=options.view,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        class_names=classes,
-        notes=notes,
+        test = tables[1].pictures
+    return of_pictures(options, train, test, num_classes=count, class_names=classes, notes=notes)
+
+
+def _find(folder: Path, name: str | None, stems: Sequence[str]) -> Path | None:
+    """The file of a split: that of a name, or the first usual one that is there."""
+    if name is not None:
+        if not (folder / name).is_file():
+            raise UserError(f"no file '{folder / name}'")
+        return folder / name
+    usual = (folder / f"{stem}.{ending}" for stem in stems for ending in _ENDINGS)
+    return next((place for place in usual if place.is_file()), None)
+
+
+def _only_table(folder: Path) -> Path:
+    every = (place for ending in _ENDINGS[:2] for place in folder.glob(f"*.{ending}"))
+    found = sorted(filter(Path.is_file, every))
+    if len(found) == 1:
+        return found[0]
+    there = f"; there are {quoted([place.name for place in found])}" if found else ""
+    raise UserError(f"no file '{folder / 'train.csv'}'{there}: data.train_file=NAME, data.test_file=NAME")
+
+
+def _read(
+    file: Path, path_column: str | None, label_column: str | None, wanted: bool = True, needed: bool = True
+) -> _Table:
+    """The rows of a file; its labels are read if they are `wanted`, and must be there if `needed`."""
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            header = lines.readline()
+            rows = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count))
+            columns = [name.strip() for name in next(rows, [])]
+            path = _column(file, columns, path_column, "path", _PATHS)
+            label = _column(file, columns, label_column, "label", _LABELS, needed) if wanted else None
+            codes, labels = array("q"), dict[str, int]()
+            pictures = Files(file.parent, _paths(file, rows, (path, label), codes, labels), None)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read '{file}': {error}") from error
+    if not len(pictures):
+        raise UserError(f"'{file}' lists no pictures")
+    notes = tuple(
+        f"the {kind}s are in column '{columns[place]}' of '{file.name}'"
+        for kind, place, given in (("path", path, path_column), ("label", label, label_column))
+        if place is not None and given is None and columns[place] != kind
+    )
+    return _Table(file, pictures, None if label is None else np.array(codes), tuple(labels), notes)
+
+
+def _column(
+    file: Path, columns: list[str], given: str | None, kind: str, usual: Sequence[str], needed: bool = True
+) -> int | None:
+    """Place of the column of a name, or else of a usual one; None if it is not there and not needed."""
+    if given in columns:
+        return columns.index(given)
+    lower = [name.lower() for name in columns]
+    found = next((lower.index(name) for name in usual if name in lower), None)
+    if given is None and found is not None:
+        return found
+    if not needed:
+        return None
+    missing = given or kind
+    raise UserError(
+        f"'{file}' has no column '{missing}'{nearest(missing, columns)}; there are {quoted(columns, 6)}: "
+        f"data.{kind}_column=NAME"
     )
 
 
-def _read(file: Path, path_column: str, label_column: str | None, needed: bool = True) -> _Table:
-    """The rows of a file; its labels are read if there is a `label_column`, which may be `needed`."""
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines)
-            rows, columns = list(reader), list(reader.fieldnames or [])
-    except FileNotFoundError as error:
-        raise UserError(f"no file '{file}'") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read '{file}': {error}") from error
-    if label_column not in columns and not needed:
-        label_column = None
-    for column in filter(None, (path_column, label_column)):
-        if column not in columns:
-            raise UserError(f"'{file}' has no column '{column}'{nearest(column, columns)}")
-        for line, row in enumerate(rows, 2):
-            if not row[column]:
-                raise UserError(f"'{file}' has no {column} in row {line}")
-    if not rows:
-        raise UserError(f"'{file}' lists no pictures")
-    paths = [row[path_column] for row in rows]
-    missing = next((path for path in paths if not (file.parent / path).exists()), None)
-    if missing is not None:
-        raise UserError(f"'{file}' lists '{missing}', which is not in '{file.parent}'")
-    return _Table(file, paths, [row[label_column] for row in rows] if label_column else None)
+def _paths(
+    file: Path,
+    rows: Iterator[list[str]],
+    places: tuple[int | None, int | None],
+    codes: "array[int]",
+    labels: dict[str, int],
+) -> Iterator[str]:
+    """The pictures' paths row by row, while codes and labels are filled."""
+    path_place, label_place = places
+    folder = f"{file.parent}/"
+    for line, row in enumerate(filter(None, rows), 2):
+        found = []
+        for what, place in (("path", path_place), ("label", label_place)):
+            text = row[place] if place is not None and place < len(row) else ""
+            if place is not None and not text:
+                raise UserError(f"'{file}' has no {what} in row {line}")
+            found.append(text)
+        yield _existing(file, line, folder, found[0])
+        if label_place is not None:
+            codes.append(labels.setdefault(found[1], len(labels)))
 
 
-def _index(
-    tables: list[_Table], num_classes: int | None
-) -> tuple[list[np.ndarray | None], tuple[str, ...], int]:
-    """Class indices of each table, the classes' names if they have any, and their number."""
-    labels = {label for table in tables for label in table.labels or ()}
+def _existing(file: Path, line: int, folder: str, path: str) -> str:
+    """A path as it is, or with its backslashes turned, whichever leads to a file."""
+    for tried in (path, path.replace("\\", "/")):
+        regular = is_regular(tried if tried[0] == "/" else folder + tried)
+        if regular:
+            return tried
+        if regular is False:
+            raise UserError(f"row {line} of '{file}' lists '{tried}', which is not a regular file")
+    raise UserError(f"'{file}' lists '{path}' in row {line}, which is not in '{file.parent}'")
+
+
+def _index(tables: list[_Table], num_classes: int | None, first_label: int) -> tuple[tuple[str, ...], int]:
+    """Gives the pictures their class indices; the classes' names if they have any, and their number."""
+    labels = [label for table in tables for label in table.labels]
     if all(_WHOLE_NUMBER.fullmatch(label) for label in labels):
-        highest = max(map(int, labels), default=-1)
-        found = max(highest + 1, 1) if labels else class_count(num_classes)
-        count = num_classes or found
-        known = {label: int(label) for label in labels if 0 <= int(label) < count}
-        return [_look_up(table, known, f"outside 0 to {count - 1}") for table in tables], (), count
+        highest = max((int(label) - first_label for label in labels), default=-1)
+        count = num_classes or _counted(tables, highest)
+        known = {label: int(label) - first_label for label in labels}
+        known = {label: index for label, index in known.items() if 0 <= index < count}
+        for table in tables:
+            _number(table, known, f"outside {first_label} to {first_label + count - 1}")
+        return (), count
     first = next(table for table in tables if table.labels)
-    classes = tuple(sorted(set(first.labels or ())))
+    classes = tuple(sorted(first.labels))
     known = {name: index for index, name in enumerate(classes)}
-    targets = [_look_up(table, known, f"no class of '{first.file.name}'") for table in tables]
-    return targets, classes, class_count(num_classes, classes)
+    for table in tables:
+        _number(table, known, f"no class of '{first.file.name}'")
+    return classes, class_count(num_classes, classes)
 
 
-def _look_up(table: _Table, known: dict[str, int], otherwise: str) -> np.ndarray | None:
-    if table.labels is None:
-        return None
-    for row, label in enumerate(table.labels, 2):
+def _counted(tables: list[_Table], highest: int) -> int:
+    """The number of classes as the labels show it."""
+    rows = sum(0 if table.codes is None else len(table.codes) for table in tables)
+    if rows == 0:
+        return class_count(None)
+    # as many rows as there are, though the array is not made: what matters is the highest
+    return class_count(None, labels={f"'{tables[0].file}'": np.full(rows, max(highest, 0), dtype=object)})
+
+
+def _number(table: _Table, known: dict[str, int], otherwise: str) -> None:
+    if table.codes is None:
+        return
+    for code, label in enumerate(table.labels):
         if label not in known:
-            raise UserError(f"label '{label}' in row {row} of '{table.file}' is {otherwise}")
-    return np.array([known[label] for label in table.labels])
+            row = int(np.argmax(table.codes == code)) + 2
+            raise UserError(f"label '{label[:40]}' in row {row} of '{table.file}' is {otherwise}")
+    table.pictures.targets = np.array([known[label] for label in table.labels], np.int64)[table.codes]

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
-from diffkd.data.base import Data
+from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, nearest
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, PictureOptions, Source, held_out
+from diffkd.pictures.files import Item, Source, held_out
 from diffkd.pictures.options import class_count, data_folder, spread
+from diffkd.pictures.views import PictureOptions
 
 # what each data set calls the split to train on and the one to test on; None where it has no splits
 _SPLITS: dict[str, tuple[Any, Any] | None] = {
@@ -67,13 +68,11 @@ def build(
         whole = train = _Pictures(dataset, folder, train_split or usual[0], download)
         test = _Pictures(dataset, folder, test_split or usual[1], download)
     classes = whole.classes()
-    return Data(
-        *options.splits(train, test),
+    return of_pictures(
+        options,
+        train,
+        test,
         num_classes=class_count(num_classes, classes, {dataset: whole.targets()}),
-        image_shape=options.image_shape,
-        view=options.view,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
         class_names=classes,
         notes=notes,
     )

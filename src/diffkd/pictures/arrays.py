@@ -2,7 +2,7 @@
 
 import contextlib
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffkd.errors import UserError
 from diffkd.pictures.memory import ArraySplit, hold_out
-from diffkd.pictures.options import class_count, data_folder
+from diffkd.pictures.options import class_count, class_notes, data_folder
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 Labels = Literal["needed", "if there", "ignored"]
@@ -62,7 +62,12 @@ class ArrayOptions:
                 raise UserError(f"data.{name}={getattr(self, name)} is negative; give 0 or more pixels")
 
     def split(self, arrays: Arrays, mean: tuple[float, ...]) -> ArraySplit:
-        """A training split augmented so; `mean` is the colour that squares are painted with."""
+        """A training split augmented so; `mean` is the colour that squares are painted with.
+
+        Raises:
+            UserError: the padding is larger than the pictures.
+        """
+        check_padding("crop_padding", self.crop_padding, arrays.images.shape[-2:])
         return ArraySplit(
             arrays.images,
             arrays.targets,
@@ -74,7 +79,12 @@ class ArrayOptions:
 
 
 def load_arrays(
-    folder: Path, *, labels: Literal["given", "none"], val_fraction: float, num_classes: int | None
+    folder: Path,
+    *,
+    labels: Literal["given", "none"],
+    val_fraction: float,
+    num_classes: int | None,
+    first_label: int = 0,
 ) -> tuple[Arrays, Arrays, int, tuple[str, ...]]:
     """Both splits of a folder, the number of classes, and notes on what was decided.
 
@@ -84,12 +94,13 @@ def load_arrays(
         labels: "none" leaves the training labels unread.
         val_fraction: the share held out.
         num_classes: None counts them from the labels.
+        first_label: the number of the first class.
 
     Raises:
         UserError: a file is missing, damaged or holds the wrong thing; it is named.
     """
     unlabelled = labels == "none"
-    train = read_split(folder, "train", "ignored" if unlabelled else "needed")
+    train = read_split(folder, "train", "ignored" if unlabelled else "needed", first_label)
     if train is None:
         found = sorted(path.name for path in folder.iterdir())[:6]
         raise UserError(
@@ -97,7 +108,7 @@ def load_arrays(
             f" (there: {', '.join(found) or 'nothing'})"
         )
     notes: tuple[str, ...] = ()
-    test = read_split(folder, "test", "if there" if unlabelled else "needed")
+    test = read_split(folder, "test", "if there" if unlabelled else "needed", first_label)
     if test is None:
         classes = None if train.targets is None else train.targets.numpy()
         kept, held = hold_out(len(train.images), val_fraction, classes)
@@ -106,14 +117,41 @@ def load_arrays(
     if train.images.shape[1:] != test.images.shape[1:]:
         shapes = [tuple(arrays.images.shape[1:]) for arrays in (train, test)]
         raise UserError(f"training pictures are {shapes[0]} (C, H, W), test pictures {shapes[1]}")
-    return train, test, _count_classes(train, test, num_classes), notes
+    count = _count_classes(train, test, num_classes)
+    known = [None if arrays.targets is None else arrays.targets.numpy() for arrays in (train, test)]
+    return train, test, count, notes + class_notes(count, known[0], known[1]) + _shared(train, test)
+
+
+def _shared(train: Arrays, test: Arrays) -> tuple[str, ...]:
+    """A note where pictures to train on and to test on are the same."""
+    if train.images.dtype != test.images.dtype:
+        return ()
+    known = {hash(picture.tobytes()) for picture in train.images.numpy()}
+    count = sum(hash(picture.tobytes()) in known for picture in test.images.numpy())
+    return (f"{count} of {len(test.images)} test pictures are training pictures too",) * bool(count)
+
+
+def check_padding(option: str, padding: int, size: Sequence[int]) -> None:
+    """Refuses to pad pictures by more than their smaller side.
+
+    Raises:
+        UserError: `option` asks for that.
+
+    >>> check_padding("shift", 9, (8, 8))
+    Traceback (most recent call last):
+    diffkd.errors.UserError: data.shift=9 is more than the pictures' 8 pixels
+    """
+    if padding > min(size):
+        raise UserError(f"data.{option}={padding} is more than the pictures' {min(size)} pixels")
 
 
 def _count_classes(train: Arrays, test: Arrays, num_classes: int | None) -> int:
     return class_count(num_classes, labels={test.source: test.targets, train.source: train.targets})
 
 
-def read_split(folder: Path, split: Literal["train", "test"], labels: Labels) -> Arrays | None:
+def read_split(
+    folder: Path, split: Literal["train", "test"], labels: Labels, first_label: int = 0
+) -> Arrays | None:
     """One split of a folder; None where it has no file of it.
 
     Read are, in this order, `train.npz` with the arrays `x` and `y`; `x_train.npy` and
@@ -134,7 +172,7 @@ def read_split(folder: Path, split: Literal["train", "test"], labels: Labels) ->
             if values is None and labels == "needed":
                 what = "no y in" if source.is_file() else "no labels: there is no"
                 raise UserError(f"{what} '{source}'; add them, or set data.labels=none")
-            targets = None if values is None else _checked_labels(values, len(images), source)
+            targets = None if values is None else _checked_labels(values, len(images), source, first_label)
             return Arrays(images, targets, f"'{source}'")
     return None
 
@@ -205,18 +243,23 @@ def _checked_images(images: np.ndarray | None, source: Path) -> Tensor:
     return pictures[:, None] if images.ndim == 3 else pictures.permute(0, 3, 1, 2).contiguous()
 
 
-def _checked_labels(labels: np.ndarray, count: int, source: Path) -> Tensor:
-    """Class indices `(N,)`, int64."""
+def _checked_labels(labels: np.ndarray, count: int, source: Path, first: int) -> Tensor:
+    """Class indices `(N,)`, int64, of labels that begin at `first`."""
+    if labels.shape == (count, *labels.shape[1:]) and labels.ndim == 2 and labels.shape[1] > 1:
+        raise UserError(
+            f"labels in '{source}' have the shape {labels.shape}, which looks one-hot; store class indices "
+            f"({count},): y.argmax(1)"
+        )
     if labels.shape != (count,):
         raise UserError(
             f"labels in '{source}' have the shape {labels.shape}, must be ({count},), one a picture"
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"labels in '{source}' are {labels.dtype}, must be integers")
-    if labels.min() < 0:
-        place = int(np.argmin(labels))
-        raise UserError(f"'{source}' holds the label {labels[place]} (at {place}), must be 0 or more")
-    return torch.from_numpy(labels.astype(np.int64))
+    for place in (int(np.argmin(labels)), int(np.argmax(labels))):
+        if not first <= (label := int(labels[place])) < 2**62:
+            raise UserError(f"'{source}' holds the label {label} (at {place}), must be {first} or more")
+    return torch.from_numpy(labels.astype(np.int64) - first)
 
 
 def load_cifar(root: str | None, name: str, download: bool) -> tuple[Arrays, Arrays, tuple[str, ...]]:

@@ -1,224 +1,26 @@
-"""Picture files: decoded whatever their format, augmented one by one, corrupt ones named and skipped."""
+"""Picture files: where they are, read one by one, unreadable ones named and skipped or left out."""
 
-import math
+import filecmp
 import os
-import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from io import BytesIO
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import auto_augment as timm_augment
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms import RandomErasing
-from torchvision.transforms import v2 as transforms
 
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError
+from diffkd.pictures.decoding import ENDINGS as ENDINGS
+from diffkd.pictures.decoding import MAX_PIXELS, deep_values, header
+from diffkd.pictures.decoding import decode as decode
 from diffkd.pictures.memory import hold_out
-from diffkd.pictures.view import TestView
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm")
-
-_NAMED_POLICIES = {"randaugment": "rand-m9-mstd0.5", "autoaugment": "original-mstd0.5"}
-_OWN_POLICIES = ("none", "crop", "light", "trivial")
-_TIMM_POLICY = re.compile(
-    r"rand(-(m|n|p|mstd|inc|mmax)[\d.]+|-t[a-z0-9]+)*|(original|originalr|v0|v0r|3a)(-mstd[\d.]+)?"
-)
-
-
-def decode(picture: Path | bytes | Image.Image, name: str, at_least: int | None = None) -> Image.Image:
-    """A picture as 8-bit RGB, upright as its EXIF orientation says; of an animation the first frame.
-
-    Grey, palette and CMYK pictures are converted, transparency is dropped, 16-bit grey is scaled
-    to 8 bits.
-
-    Args:
-        picture: a file, its content, or a picture opened already.
-        name: what an error calls it.
-        at_least: pixels that the sides must keep where a JPEG may be decoded at a half, a quarter or
-            an eighth of its size, which takes a fraction of the time; None decodes it in full.
-
-    Raises:
-        UserError: it is missing, empty, truncated, no picture, or of floating-point values.
-    """
-    try:
-        if isinstance(picture, Image.Image):
-            return _as_rgb(ImageOps.exif_transpose(picture))
-        content = picture if isinstance(picture, bytes) else picture.read_bytes()
-        if not content:
-            raise ValueError("it is empty (0 bytes)")
-        with Image.open(BytesIO(content)) as opened:
-            if at_least is not None:
-                opened.draft(None, (at_least, at_least))
-            return _as_rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # damaged files raise nearly anything, even SyntaxError
-        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(f"cannot read picture '{name}': {reason.partition(chr(10))[0]}") from error
-
-
-def _as_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "F":
-        raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its values do not fit 16 bits")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("P", "PA"):  # straight to RGB warns where the palette has transparency
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
-
-
-@dataclass(frozen=True)
-class PictureOptions:
-    """How pictures are augmented, one by one in the loader's processes.
-
-    Attributes:
-        image_size: height and width in pixels that every picture is brought to.
-        augment: "none"; "light" (random resized crop); "crop" (random crop after padding by an
-            eighth, for small pictures); or "light" followed by "randaugment" (arXiv 1909.13719),
-            "autoaugment" (1805.09501), "trivial" (2103.10158) or a policy that timm knows by a text
-            such as "rand-m9-mstd0.5-inc1", "v0" or "3a".
-        flip: mirror left and right at random; turn it off where that changes the class.
-        min_scale: smallest share of the picture that a random resized crop may show.
-        random_erasing: probability that a rectangle is painted over with noise (arXiv 1708.04896).
-        interpolation: how pictures are resized.
-        crop_fraction: share of the picture's shorter side that test pictures show.
-        max_corrupt: how many unreadable files of a split are skipped, each with a warning; the next
-            one more stops the run.
-
-    Raises:
-        UserError: an option is out of its range, or `augment` unknown.
-    """
-
-    image_size: int = 224
-    augment: str = "light"
-    flip: bool = True
-    min_scale: float = 0.08
-    random_erasing: float = 0.0
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    crop_fraction: float = 0.875
-    max_corrupt: int = 0
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise UserError(f"data.image_size={self.image_size} must be 1 or more pixels")
-        if self.max_corrupt < 0:
-            raise UserError(f"data.max_corrupt={self.max_corrupt} is negative")
-        for name in ("min_scale", "random_erasing", "crop_fraction"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (value == 0 and name != "random_erasing"):
-                raise UserError(f"data.{name}={value} must lie between 0 and 1")
-        policy = _NAMED_POLICIES.get(self.augment, self.augment)
-        if policy not in _OWN_POLICIES and not _TIMM_POLICY.fullmatch(policy):
-            known = [*_OWN_POLICIES, *_NAMED_POLICIES, "rand-m9-mstd0.5", "original", "v0", "3a"]
-            raise UserError(f"unknown data.augment '{self.augment}'{nearest(self.augment, known)}")
-        try:
-            self._policy()
-        except (ValueError, AssertionError, KeyError) as error:
-            raise UserError(f"data.augment '{self.augment}' is no policy that timm knows: {error}") from error
-
-    def train_transform(self) -> Callable[[Image.Image], Tensor]:
-        """From an RGB picture to a random view of it, `(3, image_size, image_size)` uint8."""
-        if self.augment == "none":
-            return self.test_transform()
-        mode, size = self._mode, self.image_size
-        steps: list[Any] = (
-            [transforms.Resize((size, size), mode), transforms.RandomCrop(size, padding=max(size // 8, 1))]
-            if self.augment == "crop"
-            else [transforms.RandomResizedCrop(size, scale=(self.min_scale, 1.0), interpolation=mode)]
-        )
-        if self.flip:
-            steps.append(transforms.RandomHorizontalFlip())
-        steps += [*self._policy(), transforms.PILToTensor()]
-        if self.random_erasing:
-            steps.append(Erase(self.random_erasing))
-        return transforms.Compose(steps)  # type: ignore[no-any-return]
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """`(C, H, W)` of every picture."""
-        return 3, self.image_size, self.image_size
-
-    def splits(self, train: "Source", test: "Source") -> tuple["Pictures", "Pictures"]:
-        """Samples to train on, augmented, and to test on."""
-        # large enough for the smallest crop not to be magnified
-        side = math.ceil(self.image_size / math.sqrt(self.min_scale))
-        return (
-            Pictures(train, self.train_transform(), self.max_corrupt, at_least=side),
-            Pictures(test, self.test_transform(), self.max_corrupt),
-        )
-
-    @property
-    def view(self) -> TestView:
-        """Of test pictures: their centre."""
-        size = (self.image_size, self.image_size)
-        return TestView("crop", size, self.crop_fraction, self.interpolation)
-
-    def test_transform(self) -> Callable[[Image.Image], Tensor]:
-        """From an RGB picture to its centre, `(3, image_size, image_size)` uint8."""
-        return self.view
-
-    @property
-    def _mode(self) -> Any:
-        return transforms.InterpolationMode(self.interpolation)
-
-    def _policy(self) -> list[Any]:
-        """The transform of colours and shapes that `augment` names, if any."""
-        if self.augment == "trivial":
-            return [transforms.TrivialAugmentWide(interpolation=self._mode)]
-        if self.augment in _OWN_POLICIES:
-            return []
-        text = _NAMED_POLICIES.get(self.augment, self.augment)
-        make = (
-            timm_augment.rand_augment_transform if text[:4] == "rand" else timm_augment.auto_augment_transform
-        )
-        settings = {
-            "translate_const": int(self.image_size * 0.45),
-            "img_mean": tuple(round(255 * m) for m in IMAGENET_MEAN),
-            "interpolation": getattr(Image.Resampling, self.interpolation.upper()),
-        }
-        return [make(text, settings)]
-
-
-class Erase:
-    """Paints a random rectangle of a `(3, H, W)` uint8 picture over with noise (arXiv 1708.04896).
-
-    The noise is normal, of ImageNet's mean and standard deviation, as if painted after normalisation.
-
-    Args:
-        probability: how often.
-        scale: range of the rectangle's share of the area.
-        ratio: range of its aspect ratio.
-    """
-
-    def __init__(
-        self,
-        probability: float,
-        scale: tuple[float, float] = (0.02, 1 / 3),
-        ratio: tuple[float, float] = (0.3, 10 / 3),
-    ) -> None:
-        self.probability, self.scale, self.ratio = probability, scale, ratio
-
-    def __call__(self, picture: Tensor) -> Tensor:
-        """The picture, perhaps with noise in it."""
-        if torch.rand(()) >= self.probability:
-            return picture
-        top, left, height, width, _ = RandomErasing.get_params(picture, self.scale, self.ratio, [0.0])
-        if (height, width) == picture.shape[-2:]:  # no rectangle was found to fit
-            return picture
-        mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        noise = torch.randn(3, height, width) * std + mean
-        erased = picture.clone()
-        erased[:, top : top + height, left : left + width] = noise.clamp(0, 255)
-        return erased
 
 
 class Item(NamedTuple):
@@ -252,17 +54,26 @@ class Files:
         targets: `(N,)` class index of each; None where there are no labels.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[str], targets: np.ndarray | None) -> None:
+    def __init__(self, folder: Path, paths: Iterable[str], targets: np.ndarray | None) -> None:
         self.folder = folder
-        # one block of bytes each: loader processes would copy a list of objects page by page
-        self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        # two blocks of memory: loader processes would copy a list of objects page by page
+        text, ends = bytearray(), array("q")
+        for path in paths:
+            text += os.fsencode(path)
+            ends.append(len(text))
+        self._text, self._ends = np.array(text, np.uint8), np.array(ends, np.int64)
         self.targets = targets
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._ends)
+
+    def path(self, index: int) -> str:
+        """Path of one picture, relative to the folder."""
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._text[start : self._ends[index]].tobytes())
 
     def __getitem__(self, index: int) -> Item:
-        path = self.folder / os.fsdecode(bytes(self.paths[index]))
+        path = self.folder / self.path(index)
         return Item(str(path), path, None if self.targets is None else int(self.targets[index]))
 
 
@@ -296,13 +107,15 @@ def held_out(
 class Pictures:
     """Map-style samples `(image (3, H, W) uint8, class index)`, or the image alone without labels.
 
-    An unreadable picture is reported once and the next readable one takes its place, always the same.
+    An unreadable picture is reported once. To train on, the next readable one takes its place, always
+    the same; to test on, it is left out, so that no picture counts twice.
 
     Args:
         source: the pictures.
         transform: from an RGB picture to a tensor.
         max_corrupt: how many unreadable ones are put up with.
-        at_least: pixels that the sides must keep, see `decode`.
+        leave_out: an unreadable picture's sample is None.
+        at_least, levels, max_pixels: see `decode`.
     """
 
     def __init__(
@@ -310,10 +123,15 @@ class Pictures:
         source: Source,
         transform: Callable[[Image.Image], Tensor],
         max_corrupt: int = 0,
+        *,
+        leave_out: bool = False,
         at_least: int | None = None,
+        levels: tuple[int, int] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.source, self.transform = source, transform
-        self.max_corrupt, self.at_least = max_corrupt, at_least
+        self.max_corrupt, self.leave_out = max_corrupt, leave_out
+        self.at_least, self.levels, self.max_pixels = at_least, levels, max_pixels
         # in shared memory, so that the loader's processes count together
         self._corrupt = torch.zeros(len(source), dtype=torch.bool)
         self._corrupt.share_memory_()  # type: ignore[no-untyped-call]
@@ -327,20 +145,39 @@ class Pictures:
         Raises:
             UserError: more than `max_corrupt` pictures cannot be read; the last one is named.
         """
-        for place in (*range(index, len(self)), *range(index)):
+        for place in (index,) if self.leave_out else (*range(index, len(self)), *range(index)):
             if self._corrupt[place]:
                 continue
             try:
                 return self.sample(place)
             except UserError as error:
                 self._put_up_with(place, error)
+        if self.leave_out and not self._corrupt.all():
+            return None
         raise UserError("not one of the pictures can be read")
 
     def sample(self, place: int) -> Any:
         """The sample at a place; UserError where it cannot be read."""
         name, picture, target = self.source[place]
-        image = self.transform(decode(picture, name, self.at_least))
+        decoded = decode(picture, name, self.at_least, levels=self.levels, max_pixels=self.max_pixels)
+        image = self.transform(decoded)
         return image if target is None else (image, target)
+
+    def all(self) -> list[tuple[Any, int | None]]:
+        """Every readable picture and its class index, in order; None without labels."""
+        rows = [row for row in map(self.__getitem__, range(len(self))) if row is not None]
+        return [row if isinstance(row, tuple) else (row, None) for row in rows]
+
+    def unreadable(self) -> list[str]:
+        """What is wrong with the pictures whose headers cannot be read, a line each."""
+        found = []
+        for index in range(len(self)):
+            try:
+                name, picture, _ = self.source[index]
+                header(picture, name)
+            except UserError as error:
+                found.append(str(error))
+        return found
 
     def _put_up_with(self, place: int, error: UserError) -> None:
         self._corrupt[place] = True
@@ -349,4 +186,76 @@ class Pictures:
             raise UserError(
                 f"{error}; mend or remove it, or skip such files: data.max_corrupt={count} or more"
             ) from error
-        warnings.warn(f"{error}; skipped ({count} of at most {self.max_corrupt})", stacklevel=2)
+        what = "left out" if self.leave_out else "skipped"
+        warnings.warn(f"{error}; {what} ({count} of at most {self.max_corrupt})", stacklevel=2)
+
+
+def find_levels(source: Source, limit: int = 2000) -> tuple[int, int] | None:
+    """The least and the largest value of a source's 16-bit pictures that do not say their depth.
+
+    None where there are none, or where they use half of 16 bits or more: then they are scaled as such.
+
+    Args:
+        source: the pictures.
+        limit: so many are read, evenly spread; a few tell whether there are 16-bit ones at all.
+    """
+    few = [value for place in _spread(len(source), 8) if (value := _deep(source, place))]
+    if not few:
+        return None
+    found = few + [value for place in _spread(len(source), limit) if (value := _deep(source, place))]
+    low, high = min(v[0] for v in found), max(v[1] for v in found)
+    return None if high - low >= 2**15 or low == high else (low, high)
+
+
+def one_size(source: Source, limit: int = 32) -> tuple[int, int] | None:
+    """Height and width that pictures have in common, of so many evenly spread; None where they differ."""
+    sizes = set()
+    for place in _spread(len(source), limit):
+        try:
+            name, picture, _ = source[place]
+            sizes.add(header(picture, name))
+        except UserError:
+            continue
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def shared_pictures(train: Source, test: Source, limits: tuple[int, int] = (5000, 1000)) -> tuple[str, ...]:
+    """A note where files to train on and to test on are the same, byte by byte, whatever their names.
+
+    Args:
+        train: files, or parts of them; of others nothing is said.
+        test: likewise.
+        limits: so many of each split are looked at, evenly spread.
+    """
+    by_size: dict[int, list[Path]] = {}
+    for path, size in _sizes(train, limits[0]):
+        by_size.setdefault(size, []).append(path)
+    looked, pairs = 0, []
+    for path, size in _sizes(test, limits[1]):
+        looked += 1
+        twin = next((other for other in by_size.get(size, [])[:8] if filecmp.cmp(path, other, False)), None)
+        if twin is not None:
+            pairs.append((path, twin))
+    if not pairs:
+        return ()
+    what = f"{len(pairs)} of {looked} test pictures looked at are training pictures too"
+    return (f"{what}, such as '{pairs[0][0]}' and '{pairs[0][1]}'",)
+
+
+def _sizes(source: Source, limit: int) -> Iterator[tuple[Path, int]]:
+    """Some of the source's files and their sizes in bytes."""
+    for place in _spread(len(source), limit) if isinstance(source, Files | Part) else ():
+        picture = source[place].picture
+        if isinstance(picture, Path) and picture.is_file():
+            yield picture, picture.stat().st_size
+
+
+def _deep(source: Source, place: int) -> tuple[int, int] | None:
+    try:
+        return deep_values(source[place].picture)
+    except UserError:
+        return None
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    return sorted({int(place) for place in np.linspace(0, count - 1, min(count, limit))})

@@ -7,9 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from diffkd.errors import UserError
 
 T = TypeVar("T")
+_MOST_CLASSES = 10_000_000
 
 
 def spread(options: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -99,6 +102,13 @@ def class_count(
             f"data.num_classes={given}"
             + (f", but there are {len(classes)} classes" if classes else " is too few")
         )
+    samples = sum(len(values) for values in (labels or {}).values() if values is not None)
+    if count > _MOST_CLASSES or (given is None and not classes and count > max(10 * samples, 1000)):
+        raise UserError(
+            f"the labels would make {count} classes; number them from 0, without gaps"
+            if given is None
+            else f"data.num_classes={count} is more than {_MOST_CLASSES}"
+        )
     for place, label in highest.items():
         if label >= count:
             raise UserError(f"{place} holds the label {label}, outside 0 to {count - 1} for {count} classes")
@@ -106,10 +116,10 @@ def class_count(
 
 
 def same_classes(train: Sequence[str], test: Sequence[str], where: str) -> None:
-    """Checks that a test split has the classes of the training split, by their names.
+    """Checks that a test split has no other classes than the training split; it may lack some.
 
     Raises:
-        UserError: they differ; the first few are named, and `where` the test split is.
+        UserError: it has others; the first few are named, and `where` the test split is.
 
     >>> same_classes(("cat",), ("cat", "dog"), "photos/test")
     Traceback (most recent call last):
@@ -119,8 +129,51 @@ def same_classes(train: Sequence[str], test: Sequence[str], where: str) -> None:
     parts = [
         f"{verb} {quoted(names)}" for verb, names in (("lacks", missing), ("has also", unknown)) if names
     ]
-    if parts:
+    if unknown:
         raise UserError(f"the classes of '{where}' differ from those to train on: it {' and '.join(parts)}")
+
+
+def class_notes(
+    count: int, train: np.ndarray | None, test: np.ndarray | None, classes: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """What is odd about the labels of two splits: classes of which they have no picture.
+
+    Args:
+        count: the number of classes.
+        train: `(N,)` class indices; None where there are no labels.
+        test: likewise.
+        classes: names of the classes, where they have names.
+
+    >>> class_notes(4, np.array([1, 2, 3]), np.array([1, 2]))[0]
+    'no training picture of class 0 (labels from 1 to 3): data.first_label=1 counts classes from 1'
+    >>> class_notes(4, np.array([1, 2, 3]), np.array([1, 2]))[1]
+    "no test picture of class '3', which no figure counts"
+    """
+    found = []
+    absent = {
+        what: [] if labels is None else np.setdiff1d(np.arange(count), labels).tolist()
+        for what, labels in (("training", train), ("test", test))
+    }
+    lacking = absent["training"]
+    if train is not None and len(train) and lacking == list(range(train.min())):
+        if lacking:
+            low, high = len(lacking), int(train.max())
+            what = "class 0" if low == 1 else f"classes 0 to {low - 1}"
+            found.append(
+                f"no training picture of {what} (labels from {low} to {high}): "
+                f"data.first_label={low} counts classes from {low}"
+            )
+    elif lacking:
+        found.append(f"no training picture of {_classes(lacking, classes)}")
+    lacking = sorted(set(absent["test"]) - set(absent["training"]))
+    if lacking:
+        found.append(f"no test picture of {_classes(lacking, classes)}, which no figure counts")
+    return tuple(found)
+
+
+def _classes(places: Sequence[int], names: Sequence[str]) -> str:
+    shown = quoted([names[place] if names else str(place) for place in places])
+    return f"class{'es' * (len(places) > 1)} {shown}"
 
 
 def quoted(names: Sequence[str], limit: int = 3) -> str:

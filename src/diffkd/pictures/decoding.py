@@ -1,0 +1,170 @@
+"""From a picture file to 8-bit RGB: only the formats that are meant, whatever a file is called."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from diffkd.errors import UserError
+
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
+    *(".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm"),
+)
+# Pillow alone would also try formats that call other programs, as EPS calls Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", TiffImageFile.format, WebPImageFile.format)
+MAX_PIXELS = 178_956_970  # Pillow's own limit
+_MOST_SAMPLES, _LARGEST = 281, 65535  # TIFF's tag MaxSampleValue
+
+
+def decode(
+    picture: Path | bytes | Image.Image,
+    name: str,
+    at_least: int | None = None,
+    *,
+    levels: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """A picture as 8-bit RGB, upright as its EXIF orientation says; of an animation the first frame.
+
+    Grey, palette and CMYK pictures are converted, transparency is dropped, 16-bit grey is scaled
+    to 8 bits: by the bit depth that the file says, else by `levels`, else as 16 bits.
+
+    Args:
+        picture: a file, its content, or a picture opened already.
+        name: what an error calls it.
+        at_least: pixels that the sides must keep where a JPEG may be decoded at a half, a quarter or
+            an eighth of its size, which takes a fraction of the time; None decodes it in full.
+        levels: values of 16-bit grey that become black and white.
+        max_pixels: a JPEG of more is decoded at the largest fraction that has no more.
+
+    Raises:
+        UserError: it is missing, empty, truncated, no picture, too large, or of floating-point values.
+    """
+    try:
+        if isinstance(picture, Image.Image):
+            return _as_rgb(picture, levels)
+        with opened(picture) as found:
+            _shrink(found, at_least, max_pixels)
+            return _as_rgb(found, levels)
+    except Exception as error:  # damaged files raise nearly anything, even SyntaxError
+        raise _unreadable(name, error) from error
+
+
+@contextmanager
+def opened(picture: Path | bytes) -> Iterator[Image.Image]:
+    """A picture whose header is read and nothing else.
+
+    Raises:
+        ValueError: the file is empty or not a regular file. Pillow's errors pass.
+    """
+    if isinstance(picture, Path) and picture.exists() and not picture.is_file():
+        raise ValueError("it is not a regular file")
+    content = picture if isinstance(picture, bytes) else picture.read_bytes()
+    if not content:
+        raise ValueError("it is empty (0 bytes)")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked after drafting
+    try:
+        found = Image.open(BytesIO(content), formats=_FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    with found:
+        if found.format == "PNG":
+            found.info["sBIT"] = _significant_bits(content)
+        yield found
+
+
+def _shrink(picture: Image.Image, at_least: int | None, max_pixels: int) -> None:
+    """Has a JPEG decoded at a fraction of its size, where it may be or must be."""
+    width, height = picture.size
+    if at_least is not None:
+        picture.draft(None, (at_least, at_least))
+    for part in (2, 4, 8):
+        if picture.width * picture.height > max_pixels:
+            picture.draft(None, (width // part, height // part))
+    if picture.width * picture.height > max_pixels:
+        raise ValueError(
+            f"it has {width}x{height} pixels, more than data.max_pixels={max_pixels}; "
+            "give a larger data.max_pixels, or make it smaller"
+        )
+
+
+def _as_rgb(picture: Image.Image, levels: tuple[int, int] | None) -> Image.Image:
+    told = told_levels(picture)
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):
+        low, high = told or levels or (0, _LARGEST)
+        values = _values(picture)
+        scaled = values >> 8 if (low, high) == (0, _LARGEST) else (values - low) * 255 // max(high - low, 1)
+        return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("P", "PA"):  # straight to RGB warns where the palette has transparency
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
+
+
+def _values(picture: Image.Image) -> np.ndarray:
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > _LARGEST:
+        raise ValueError("its values do not fit 16 bits")
+    return values
+
+
+def told_levels(picture: Image.Image) -> tuple[int, int] | None:
+    """Black and white of a grey picture of 9 to 15 bits as the file says them; None where it does not."""
+    if bits := picture.info.get("sBIT"):
+        return (0, (1 << bits) - 1) if 8 < bits < 16 else None
+    tags = getattr(picture, "tag_v2", None)
+    most = tags.get(_MOST_SAMPLES) if tags else None
+    most = most[0] if isinstance(most, tuple) else most
+    return (0, int(most)) if most and 255 < most < _LARGEST else None
+
+
+def _significant_bits(content: bytes) -> int | None:
+    """What a grey PNG says of its depth before its pixels."""
+    place = content.find(b"sBIT", 0, max(content.find(b"IDAT"), 0))
+    return content[place + 4] if place > 0 and content[place - 4 : place] == b"\0\0\0\1" else None
+
+
+def header(picture: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
+    """Height and width of a picture, as its header says.
+
+    Raises:
+        UserError: there is no such header.
+    """
+    try:
+        if isinstance(picture, Image.Image):
+            return picture.height, picture.width
+        with opened(picture) as found:
+            return found.height, found.width
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+    return UserError(f"cannot read picture '{name}': {reason.partition(chr(10))[0]}")
+
+
+def deep_values(picture: Path | bytes | Image.Image) -> tuple[int, int] | None:
+    """Least and largest value of a 16-bit grey picture that does not say its depth; None of any other."""
+    try:
+        if isinstance(picture, Image.Image):
+            return _range(picture)
+        with opened(picture) as found:
+            return _range(found)
+    except Exception:
+        return None  # it will be named where it is wanted
+
+
+def _range(picture: Image.Image) -> tuple[int, int] | None:
+    if not picture.mode.startswith("I") or told_levels(picture):
+        return None
+    values = _values(picture)
+    return int(values.min()), int(values.max())

@@ -1,0 +1,135 @@
+"""Folders walked once, and an account of what in them is no picture."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from diffkd.errors import UserError
+from diffkd.pictures.decoding import ENDINGS
+
+# what operating systems and file servers put beside one's own folders
+_SYSTEM = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "@Recycle", "#recycle"}
+_SYSTEM |= {"#snapshot", "lost+found", "Thumbs.db", "desktop.ini", "ehthumbs.db"}
+
+
+class Scan:
+    """Finds pictures beneath a folder; every real folder is entered once, whatever links lead to it.
+
+    Args:
+        folder: never left upwards, even by links.
+
+    Attributes:
+        left_out: what was passed by, by kind, with its number.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     _ = Path(place, "a.png").touch(), Path(place, "b.heic").touch()
+    ...     scan = Scan(Path(place))
+    ...     scan.pictures(), dict(scan.left_out)
+    (['a.png'], {'.heic files': 1})
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.left_out: Counter[str] = Counter()
+        self._real = real = folder.resolve()
+        self._entered = {_identity(place.stat()): "." for place in (real, *real.parents)}
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in it, in the order of their names.
+
+        Raises:
+            UserError: one is a link to nowhere, or two are the same folder.
+        """
+        names = []
+        for entry in sorted(self._entries(""), key=lambda entry: entry.name):
+            if entry.is_symlink() and not Path(entry.path).exists():
+                raise UserError(f"'{entry.path}' is a link to nowhere; mend or remove it")
+            if not entry.is_dir():
+                continue
+            first = self._entered.setdefault(_identity(entry.stat()), entry.name)
+            if first != entry.name:
+                what = f"'{first}'" if first != "." else "a folder around them"
+                raise UserError(f"'{entry.path}' is the same folder as {what}; remove one of the two")
+            names.append(entry.name)
+        return names
+
+    def pictures(self, inside: str = "") -> list[str]:
+        """Paths of the pictures beneath a folder in it, relative to that, in the order of their names.
+
+        Raises:
+            UserError: a folder cannot be read.
+        """
+        found: list[str] = []
+        waiting = [""]
+        while waiting:
+            start = waiting.pop()
+            for entry in self._entries(f"{inside}/{start}"):
+                path = start + entry.name
+                if entry.is_dir():
+                    if self._enters(entry):
+                        waiting.append(path + "/")
+                elif reason := _unfit(entry):
+                    self.left_out[reason] += 1
+                else:
+                    found.append(path)
+        return sorted(found)
+
+    def _entries(self, inside: str) -> Iterable[os.DirEntry[str]]:
+        place = self.folder / inside.strip("/")
+        try:
+            with os.scandir(place) as entries:
+                found = list(entries)
+        except OSError as error:
+            raise UserError(f"cannot read the folder '{place}': {error.strerror}") from error
+        for entry in found:
+            if entry.name in _SYSTEM:
+                self.left_out["of the system"] += 1
+            elif entry.name[0] != ".":
+                yield entry
+
+    def _enters(self, entry: os.DirEntry[str]) -> bool:
+        """Whether a folder is to be read here: it is no link to what is read anyway, and new."""
+        identity = _identity(entry.stat())
+        inside = entry.is_symlink() and Path(os.path.realpath(entry.path)).is_relative_to(self._real)
+        if inside or identity in self._entered:
+            self.left_out["links to folders that are read elsewhere"] += 1
+            return False
+        self._entered[identity] = entry.name
+        return True
+
+    def notes(self) -> tuple[str, ...]:
+        """One line on what was left out, if anything was."""
+        if not self.left_out:
+            return ()
+        shown = ", ".join(f"{count:,} {what}" for what, count in self.left_out.most_common(6))
+        more = len(self.left_out) - 6
+        return (f"left out in '{self.folder}': {shown}" + (f" and {more} further kinds" if more > 0 else ""),)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _unfit(entry: os.DirEntry[str]) -> str | None:
+    """Why an entry that is no folder is no picture file; None if it may be one."""
+    _, dot, ending = entry.name.rpartition(".")
+    if f".{ending.lower()}" not in ENDINGS:
+        return f".{ending.lower()} files" if dot else "files without an ending"
+    if entry.is_file():
+        return None
+    return "not regular files" if Path(entry.path).exists() else "links to nowhere"
+
+
+def is_regular(path: str) -> bool | None:
+    """Whether a path leads to a regular file; None if to nothing.
+
+    >>> is_regular("nowhere.png"), is_regular("/")
+    (None, False)
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 - a Path for each of a million takes seconds
+    except (OSError, ValueError):
+        return None
