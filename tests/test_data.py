@@ -170,7 +170,11 @@ def test_archives_are_read_as_they_are(tmp_path):
     x = torch.from_numpy(np.load(tmp_path / "train.npz")["x"])
     batch = data.train.batch(torch.arange(12), 0)
     assert torch.equal(batch.images, x.permute(0, 3, 1, 2))
-    assert (data.num_classes, data.image_shape, data.notes) == (3, (3, 6, 6), ())
+    assert (data.num_classes, data.image_shape, data.notes) == (
+        3,
+        (3, 6, 6),
+        ("12 of 12 test pictures are training pictures too",),
+    )
     assert np.allclose(data.mean, (x / 255).mean((0, 1, 2)))
     assert builder("arrays")(str(tmp_path), num_classes=7).num_classes == 7
 

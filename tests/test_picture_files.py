@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from diffkd.errors import UserError
+from diffkd.pictures.augment import Erase, PictureOptions
 from diffkd.pictures.decoding import decode
-from diffkd.pictures.views import Erase, PictureOptions
 from picture_cases import GREEN, RED, paint
 
 # decoding

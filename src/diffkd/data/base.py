@@ -19,7 +19,7 @@ from diffkd.pictures.memory import ArraySplit, channel_statistics
 from diffkd.pictures.view import TestView
 
 if TYPE_CHECKING:  # it brings timm and torchvision, which arrays do without
-    from diffkd.pictures.views import PictureOptions
+    from diffkd.pictures.augment import PictureOptions
 
 
 @runtime_checkable

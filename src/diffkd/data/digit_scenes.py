@@ -9,6 +9,7 @@ from torch import Tensor
 from diffkd.batch import Batch
 from diffkd.data.base import Data
 from diffkd.errors import UserError
+from diffkd.pictures.arrays import check_padding
 from diffkd.pictures.memory import ArraySplit, channel_statistics
 from diffkd.pictures.scenes import SceneOptions, Scenes, compose
 
@@ -68,6 +69,7 @@ def build(
     counts = [_COUNTS[kind][i] if n is None else n for i, n in enumerate((train_scenes, test_scenes))]
     if shift < 0:
         raise UserError(f"data.shift={shift} is negative; give 0 or more pixels")
+    check_padding("shift", shift, (options.size,))
     for name, count in zip(("train_scenes", "test_scenes"), counts, strict=True):
         if count < 1:
             raise UserError(f"data.{name}={count}: needs at least 1")

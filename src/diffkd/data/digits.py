@@ -5,6 +5,7 @@ import torch
 
 from diffkd.data.base import Data
 from diffkd.errors import UserError
+from diffkd.pictures.arrays import check_padding
 from diffkd.pictures.memory import ArraySplit, channel_statistics
 
 _TEST_SAMPLES = 360
@@ -21,7 +22,7 @@ def build(root: str | None = None, *, shift: int = 1) -> Data:
         shift: training pictures move by up to so many pixels each way, black coming in.
 
     Raises:
-        UserError: a root was given, or `shift` is negative.
+        UserError: a root was given, or `shift` is negative or more than 8.
 
     >>> data = build()
     >>> len(data.train), len(data.test), data.image_shape
@@ -34,6 +35,7 @@ def build(root: str | None = None, *, shift: int = 1) -> Data:
         raise UserError(f"data 'digits' comes with scikit-learn; leave out data.root='{root}'")
     if shift < 0:
         raise UserError(f"data.shift={shift} is negative; give 0 or more pixels")
+    check_padding("shift", shift, (8, 8))
     digits = load_digits()
     places = np.arange(len(digits.target))
     train, test = train_test_split(

@@ -8,10 +8,10 @@ import numpy as np
 
 from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError
+from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Files, Source, held_out
 from diffkd.pictures.options import class_count, class_notes, data_folder, quoted, same_classes, spread
 from diffkd.pictures.scan import Scan
-from diffkd.pictures.views import PictureOptions
 
 _TEST_NAMES = ("val", "valid", "validation", "test")
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, nearest
+from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Item, Source, held_out
 from diffkd.pictures.options import class_count, spread
-from diffkd.pictures.views import PictureOptions
 
 _TEST_NAMES = ("validation", "valid", "val", "test")
 

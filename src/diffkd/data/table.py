@@ -12,10 +12,10 @@ import numpy as np
 
 from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, nearest
+from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Files, Source, held_out
 from diffkd.pictures.options import class_count, class_notes, data_folder, quoted, spread
 from diffkd.pictures.scan import is_regular
-from diffkd.pictures.views import PictureOptions
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 _ENDINGS = ("csv", "tsv", "txt")
@@ -78,12 +78,11 @@ def build(
         UserError: a file, column, picture or label is missing or wrong; it is named.
     """
     folder = data_folder(root, "table")
-    places = _find(folder, train_file, ("train",)), _find(folder, test_file, ("test", "val"))
-    if places[0] is None:
-        places = _only_table(folder), None
-    tables = [_read(places[0], path_column, label_column, wanted=labels == "given")]
-    if places[1] is not None:
-        tables.append(_read(places[1], path_column, label_column, needed=labels == "given"))
+    given = labels == "given"
+    place = _find(folder, train_file, ("train",)) or _only_table(folder)
+    tables = [_read(place, path_column, label_column, wanted=given)]
+    if (held := _find(folder, test_file, ("test", "val"))) is not None:
+        tables.append(_read(held, path_column, label_column, needed=given))
     classes, count = _index(tables, num_classes, first_label)
     known = [table.pictures.targets for table in tables]
     notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))

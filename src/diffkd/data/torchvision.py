@@ -9,9 +9,9 @@ from torchvision import datasets
 
 from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, nearest
+from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Item, Source, held_out
 from diffkd.pictures.options import class_count, data_folder, spread
-from diffkd.pictures.views import PictureOptions
 
 # what each data set calls the split to train on and the one to test on; None where it has no splits
 _SPLITS: dict[str, tuple[Any, Any] | None] = {

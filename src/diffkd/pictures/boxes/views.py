@@ -144,7 +144,7 @@ class BoxPictures(Pictures):
 
     def __init__(self, source: Annotated, options: BoxOptions, *, training: bool) -> None:
         self.view = options.train_view() if training else options.test_view()
-        super().__init__(source, self.view, options.max_corrupt)  # type: ignore[arg-type]
+        super().__init__(source, self.view, options.max_corrupt, leave_out=not training)  # type: ignore[arg-type]
         self.annotated, self.training, self.mosaic = source, training, options.mosaic
 
     def sample(self, place: int) -> tuple[Tensor, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Views of picture files: how they are cropped, augmented and brought to one size, one by one."""
+"""How picture files are cropped, augmented and brought to one size, one by one."""
 
 import math
 import re
