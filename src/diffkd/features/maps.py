@@ -1,9 +1,15 @@
 """Pairs of features with their validity: where they stand for something, both of a pair at one size."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from diffkd.batch import Batch
+from diffkd.errors import UserError
 from diffkd.maths.layers import pooled, resize, without_void
+from diffkd.maths.losses import hard_targets
 
 
 def valid_at(valid: Tensor | None, feature: Tensor) -> Tensor | None:
@@ -102,3 +108,73 @@ def tuples_of(known: Tensor | None, count: int) -> Tensor | None:
     for _ in range(count - 1):
         found = found.unsqueeze(-1) & known
     return found
+
+
+def class_labels(batch: Batch, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The class of each sample or position of class scores `(B, K, *S)`, and where there is a valid one.
+
+    Label maps of another size are brought to that of the scores by the nearest label. Where a batch's
+    `valid` is larger than its label maps, these lie at its top left: the rest is padding.
+
+    Returns:
+        Classes `(B, *S)` from 0 to K - 1, and `(B, *S)` bool.
+
+    Raises:
+        UserError: the targets are no class labels.
+    """
+    return hard_targets(_framed(batch), scores, valid_at(batch.valid, scores))
+
+
+def label_maps(batch: Batch, feature: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """The class of each position of a feature `(B, C, *S)`, as in `class_labels`.
+
+    Raises:
+        UserError: the batch carries no label maps.
+    """
+    if batch.targets is None:
+        raise UserError("this method needs label maps; the batch carries no targets")
+    return class_labels(batch, feature[:, :1].expand(-1, classes, *feature.shape[2:]))
+
+
+def class_means(feature: Tensor, labels: Tensor, known: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """The mean of each picture's positions of each class.
+
+    Args:
+        feature: `(B, C, *S)`, finite.
+        labels: `(B, *S)`.
+        known: positions that count, `(B, *S)`.
+        classes: K.
+
+    Returns:
+        Means `(B, K, C)`, 0 where a class has no position, and `(B, K)` bool: where it has one.
+
+    >>> known = torch.tensor([[True, True]])
+    >>> class_means(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[1, 1]]), known, 2)
+    (tensor([[[0.],
+             [2.]]]), tensor([[False,  True]]))
+    """
+    member = F.one_hot(labels.flatten(1), classes).mT * known.flatten(1).unsqueeze(1)
+    count = member.sum(2, keepdim=True)
+    member = member.to(feature.dtype)
+    means = torch.einsum("bkn,bcn->bkc", member, feature.flatten(2)) / count.clamp(min=1)
+    return means, count.squeeze(2) > 0
+
+
+def _framed(batch: Batch) -> Any:
+    """The targets; label maps that `valid` is larger than, padded to its size by what is no class."""
+    targets, valid = batch.targets, batch.valid
+    maps = targets if isinstance(targets, list) else [targets]
+    if valid is None or not all(isinstance(m, Tensor) and m.dim() >= valid.dim() - 1 for m in maps):
+        return targets
+    if isinstance(targets, Tensor) and targets.dim() != valid.dim():
+        return targets
+    if isinstance(targets, Tensor) and not any(_missing(targets, valid.shape[1:])):
+        return targets
+    padded = [F.pad(m, _missing(m, valid.shape[1:]), value=-1) for m in maps]
+    return torch.stack(padded) if isinstance(targets, list) else padded[0]
+
+
+def _missing(labels: Tensor, size: torch.Size) -> list[int]:
+    """What `F.pad` is told to append to each axis, from the last one."""
+    lengths = zip(reversed(size), reversed(labels.shape), strict=False)
+    return [n for length, has in lengths for n in (0, max(0, length - has))]

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
+from diffkd.features.maps import matched
 from diffkd.features.pairs import Feature as Feature
 from diffkd.features.pairs import Pair as Pair
-from diffkd.maths.losses import check_classes
+from diffkd.maths.layers import conv
+from diffkd.maths.losses import check_classes, precise, squared_error
 from diffkd.names import load_class
 
 
@@ -171,6 +173,66 @@ def warn_of_two_classes(pairs: Sequence[Pair], loss: str) -> None:
             warnings.warn(
                 f"tap '{pair.name}': of two classes the loss '{loss}' teaches nothing", stacklevel=4
             )
+
+
+def regressors(pairs: Sequence[Pair], *, always: bool = True) -> nn.ModuleDict:
+    """By module key, what brings the student's channels to the teacher's: 1x1 convolutions.
+
+    Args:
+        pairs: of features.
+        always: also where the channels are equal; else nothing is changed there.
+    """
+    found = nn.ModuleDict()
+    for pair in pairs:
+        ours, theirs = pair.student.channels, pair.teacher.channels
+        same = ours == theirs and not always
+        found[module_key(pair.name)] = (
+            nn.Identity() if same else conv(pair.student.spatial_dims, ours, theirs)
+        )
+    return found
+
+
+def needed_maps(pairs: Sequence[Pair], method: str) -> None:
+    """Refuses pairs that are not maps.
+
+    Raises:
+        UserError: one is not.
+    """
+    for pair in pairs:
+        if pair.student.spatial_dims != 2 or pair.teacher.spatial_dims != 2:
+            raise UserError(
+                f"method '{method}', tap '{pair.name}': serves maps (C, H, W), not {pair.student.shape}; "
+                "tap feature maps of a dense model"
+            )
+
+
+class Regression(Method):
+    """Mean squared error of the teacher's feature and what a 1x1 convolution makes of the student's.
+
+    Args:
+        setup: what the run taps.
+
+    Raises:
+        UserError: no feature is tapped, or the two of a pair are of different kinds.
+    """
+
+    uses_logits = False
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.pairs = needed_features(setup, type(self).__name__.lower())
+        self.regressors = regressors(self.pairs)
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """The distance, by pair."""
+        losses: dict[str, Tensor] = {}
+        for pair in self.pairs:
+            ours, theirs, valid = matched(student[pair.name], teacher[pair.name].detach(), batch.valid)
+            ours = self.regressors[module_key(pair.name)](ours)
+            losses[f"{pair.name}.kd"] = squared_error(precise(ours), precise(theirs), valid)
+        return losses
 
 
 def method_class(name: str) -> type[Method]:

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.features.maps import matched
+from diffkd.features.maps import class_labels, matched
 from diffkd.maths.losses import (
     check_not_negative,
     check_positive,
-    hard_targets,
     masked_mean,
     precise,
     standardize,
@@ -82,8 +81,8 @@ class DKD(Method):
         """Both parts, by pair."""
         losses: dict[str, Tensor] = {}
         for name in self.names:
-            ours, theirs, valid = matched(precise(student[name]), precise(teacher[name]), batch.valid)
-            labels, known = hard_targets(batch.targets, theirs, valid)
+            ours, theirs, _ = matched(precise(student[name]), precise(teacher[name]), batch.valid)
+            labels, known = class_labels(batch, theirs)
             binary, others = (
                 F.kl_div(a, b, reduction="none", log_target=True).sum(1)
                 for a, b in zip(self._decouple(ours, labels), self._decouple(theirs, labels), strict=True)
