@@ -225,7 +225,7 @@ def test_schedule_follows_the_module_to_another_device(dims):
 def test_default_dtype_and_device_are_obeyed():
     torch.set_default_dtype(torch.float64)
     try:
-        module = DiffKD(STUDENT, TEACHER).eval()
+        module = DiffKD(STUDENT, TEACHER, preset="paper").eval()
     finally:
         torch.set_default_dtype(torch.float32)
     target, noise = torch.zeros(1, TEACHER, 2, 2).double(), torch.randn(1, TEACHER, 2, 2).double()
@@ -234,7 +234,7 @@ def test_default_dtype_and_device_are_obeyed():
     module.diffusion_loss(target, noise=noise, timesteps=torch.tensor([0]))
     torch.testing.assert_close(seen[0], 0.01 * noise, rtol=1e-10, atol=0)
     with torch.device("meta"):
-        module = DiffKD(STUDENT, TEACHER, latent_channels=LATENT)
+        module = DiffKD(STUDENT, TEACHER, preset="paper", latent_channels=LATENT)
     assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"meta"}
     module.to_empty(device="cpu").load_state_dict(build(2, LATENT).state_dict())
     assert module(*features()).loss.isfinite()

@@ -171,6 +171,11 @@ class Distiller(nn.Module):
         """The frozen teacher."""
         return self._frozen[0] if self._frozen else None
 
+    def expect(self, batches: int) -> None:
+        """Says how many training batches the run will have, for methods that do one thing after another."""
+        for method in self.methods.values():
+            method.expect(batches)  # type: ignore[operator]
+
     @property
     def figures(self) -> dict[str, Tensor]:
         """Scalars worth watching that are not losses, of the last forward pass."""

@@ -1,8 +1,11 @@
-"""The networks of DiffKD: denoiser, noise matcher, autoencoder, as the paper has them."""
+"""The networks of DiffKD: denoiser, noise matcher, autoencoder, as the paper has them; the feature's scale."""
 
+import math
+
+import torch
 from torch import Tensor, nn
 
-from diffkd.maths.layers import conv, norm, pooled
+from diffkd.maths.layers import conv, norm, pooled, without_void
 
 
 class Denoiser(nn.Module):
@@ -19,10 +22,11 @@ class Denoiser(nn.Module):
         self.embedding = nn.Embedding(timesteps, channels)
         self.body = _vector_denoiser(channels) if dims == 0 else _map_denoiser(dims, channels)
 
-    def forward(self, noisy: Tensor, code: Tensor) -> Tensor:
-        """The noise, given the timestep's code: `(C,)`, or `(B, C)` where samples differ."""
-        spatial = noisy.dim() - 2
-        found: Tensor = self.body(noisy + code.view(*code.shape, *[1] * spatial))
+    def forward(self, noisy: Tensor, code: Tensor | None) -> Tensor:
+        """The noise, given the timestep's code: `(C,)`, or `(B, C)` where samples differ; None for none."""
+        if code is not None:
+            noisy = noisy + code.view(*code.shape, *[1] * (noisy.dim() - 2))
+        found: Tensor = self.body(noisy)
         return found
 
 
@@ -32,12 +36,18 @@ class NoiseMatcher(nn.Module):
     Args:
         dims: number of spatial axes.
         channels: C.
+        first: what it answers for every feature at the start; None leaves that to chance.
     """
 
-    def __init__(self, dims: int, channels: int) -> None:
+    def __init__(self, dims: int, channels: int, first: float | None = None) -> None:
         super().__init__()
         self.body = Bottleneck(dims, channels, 8) if dims else _vector_matcher(channels)
         self.head = nn.Linear(channels, 2)
+        if first is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, math.log(first / (1 - first)) / 2)
+            with torch.no_grad():
+                self.head.bias[1].neg_()
 
     def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
         """Gamma, between 0 and 1, from the valid positions `(B, *S)`; None for all."""
@@ -63,6 +73,61 @@ class Autoencoder(nn.Module):
         """The feature rebuilt."""
         rebuilt: Tensor = self.decoder(self.encoder(feature))
         return rebuilt
+
+
+class Standardizer(nn.Module):
+    """Brings features `(B, C, *S)` to the unit variance that the noise schedule takes for granted.
+
+    By running moments: each batch counts the same until a hundred are seen, then one in a hundred.
+
+    Args:
+        channels: C.
+        shared: one scale for all channels and no shift, so that class scores keep their meaning;
+            else mean 0 and variance 1 per channel.
+
+    >>> standardizer = Standardizer(3)
+    >>> torch.std_mean(standardizer(7 + 50 * torch.randn(64, 3, 8, 8)))[0].round(decimals=1)
+    tensor(1.)
+    """
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self, channels: int, shared: bool = False) -> None:
+        super().__init__()
+        self.shared = shared
+        size = 1 if shared else channels
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+        self.register_buffer("batches", torch.tensor(0.0))
+
+    def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The feature in its new scale, taken in first while training; 0 where `(B, *S)` is False."""
+        if self.training:
+            self._take_in(feature.detach(), valid)
+        scale = self.scale.view(1, -1, *[1] * (feature.dim() - 2))
+        shift = 0 if self.shared else self.mean.view(scale.shape)
+        return without_void(((feature - shift) / scale).to(feature.dtype), valid)
+
+    @property
+    def scale(self) -> Tensor:
+        """What features are divided by: `(C,)`, or `(1,)` where shared."""
+        # Channels that hardly vary stay small: they carry rounding and nothing to learn.
+        return (self.variance + 1e-3 * self.variance.mean() + 1e-12).sqrt()
+
+    def _take_in(self, feature: Tensor, valid: Tensor | None) -> None:
+        values = feature.float().movedim(1, -1)  # (B, *S, C)
+        share = torch.ones_like(values) if valid is None else valid[..., None].expand_as(values).float()
+        axes = tuple(range(values.dim() if self.shared else values.dim() - 1))
+        count = share.sum(axes).clamp(min=1)
+        mean = (values * share).sum(axes) / count
+        variance = ((values - mean).square() * share).sum(axes) / count
+        self.batches += 1
+        weight = (1 / self.batches).clamp(min=0.01)
+        between = (mean - self.mean).square() * weight
+        self.variance.copy_(torch.lerp(self.variance + between, variance.to(self.variance), weight))
+        self.mean.copy_(torch.lerp(self.mean, mean.to(self.mean), weight))
 
 
 class Bottleneck(nn.Module):

@@ -31,8 +31,11 @@ def ddim_step(noisy: Tensor, noise: Tensor, alpha_bar: float, alpha_bar_next: fl
         alpha_bar: at the present timestep.
         alpha_bar_next: at the next one; 1 where it is the last.
     """
-    clean = (noisy - math.sqrt(1 - alpha_bar) * noise) / math.sqrt(alpha_bar)
-    return math.sqrt(alpha_bar_next) * clean + math.sqrt(1 - alpha_bar_next) * noise
+    # sqrt(a') x0 + sqrt(1 - a') e with x0 = (x - sqrt(1 - a) e) / sqrt(a), gathered by x and e.
+    keep = math.sqrt(alpha_bar_next / alpha_bar)
+    return torch.add(
+        keep * noisy, noise, alpha=math.sqrt(1 - alpha_bar_next) - keep * math.sqrt(1 - alpha_bar)
+    )
 
 
 def ddim_timesteps(num_steps: int, start: int) -> list[int]:

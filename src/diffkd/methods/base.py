@@ -91,6 +91,9 @@ class Method(nn.Module, ABC):
             batch: the batch that made them.
         """
 
+    def expect(self, passes: int) -> None:
+        """Hears how many training batches the run will have, for what is done in a part of it."""
+
     def matched(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffkd.batch import Batch
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError
 from diffkd.features.maps import matched, valid_at
-from diffkd.maths.denoiser import Autoencoder, Denoiser, NoiseMatcher
+from diffkd.maths.denoiser import Autoencoder, Denoiser, NoiseMatcher, Standardizer
 from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
 from diffkd.maths.layers import conv, norm, without_void
 from diffkd.maths.losses import kl_divergence, precise, squared_error
+from diffkd.maths.presets import PresetName, Settings, settings
 from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing
 
-DISTANCES = ("mse", "kl")
+_UNTOLD = 300  # forward passes of warm-up where nobody says how long the run is
 
 
 class DiffKDOutput(NamedTuple):
@@ -48,8 +49,14 @@ class DiffKD(nn.Module):
     Args:
         student_channels: channels of the student's feature.
         teacher_channels: channels of the teacher's feature.
+        preset: what the other settings are where they are None. "paper" is the published method.
+            "robust" departs from it where small students, short runs and features of any scale
+            suffered: the teacher's feature is standardized, most of the student's feature is kept at the
+            start, the diffusion model learns first (`warmup`), maps wider than 32 channels are compared
+            in 32, with 2 steps; class scores are compared in their own space, at temperature 4.
         latent_channels: width of the space that both are compared in; an autoencoder brings the
-            teacher's feature there. None compares in the teacher's own space. Not for vectors.
+            teacher's feature there. None compares in the teacher's own space, or the preset's. Not for
+            vectors.
         spatial_dims: 0 for vectors and logits `(B, C)`, 1 for sequences `(B, C, L)`, 2 for maps
             `(B, C, H, W)`, 3 for volumes `(B, C, D, H, W)`.
         num_steps: evaluations of the denoiser per forward pass.
@@ -60,6 +67,9 @@ class DiffKD(nn.Module):
         detach_denoiser: the distance's gradient stops at the denoiser's weights (it still passes
             through the denoiser to the student). The paper's code lets it in.
         temperature: of "kl".
+        warmup: share of the run, counted in forward passes in training mode, in which the distance
+            counts nothing, so that it reaches the student through a denoiser that has learned. The
+            run's length comes by `expect`.
 
     Raises:
         UserError: an argument is impossible, or a feature does not have the shape promised here.
@@ -71,41 +81,76 @@ class DiffKD(nn.Module):
     """
 
     alpha_bars: Tensor
+    seen: Tensor
+    waits: Tensor
 
     def __init__(
         self,
         student_channels: int,
         teacher_channels: int,
         *,
+        preset: PresetName = "robust",
         latent_channels: int | None = None,
         spatial_dims: int = 2,
-        num_steps: int = 5,
+        num_steps: int | None = None,
         train_timesteps: int = 1000,
-        start_timestep: int = 500,
+        start_timestep: int | None = None,
         distance: str = "mse",
-        detach_denoiser: bool = False,
-        temperature: float = 1.0,
+        detach_denoiser: bool | None = None,
+        temperature: float | None = None,
+        warmup: float | None = None,
     ) -> None:
         super().__init__()
         _check(student_channels, teacher_channels, latent_channels, spatial_dims)
-        _check_process(num_steps, train_timesteps, start_timestep, distance, temperature)
+        self.settings = settings(
+            preset,
+            distance,
+            num_steps=num_steps,
+            start_timestep=start_timestep,
+            detach_denoiser=detach_denoiser,
+            temperature=temperature,
+            warmup=warmup,
+        )
+        _check_process(self.settings, train_timesteps)
+        if latent_channels is None and spatial_dims:
+            latent_channels = self.settings.narrowed(teacher_channels)
         self.student_channels, self.teacher_channels = student_channels, teacher_channels
         self.channels, self.spatial_dims = latent_channels or teacher_channels, spatial_dims
         self.train_timesteps, self.distance = train_timesteps, distance
-        self.detach_denoiser, self.temperature = detach_denoiser, temperature
-        width = self.channels
-        self.align = conv(spatial_dims, student_channels, width)
         self.autoencoder = None
         if latent_channels is not None:
             self.autoencoder = Autoencoder(spatial_dims, teacher_channels, latent_channels)
-        self.denoiser = Denoiser(spatial_dims, width, train_timesteps)
-        self.noise_matcher = NoiseMatcher(spatial_dims, width)
-        self.projection = nn.Sequential(conv(spatial_dims, width, width), norm(spatial_dims, width))
+        self._build()
         self._schedule()
-        steps = ddim_timesteps(num_steps, start_timestep)
+        steps = ddim_timesteps(self.settings.num_steps, self.settings.start_timestep)
         alphas = [*alpha_bars(train_timesteps)[steps].tolist(), 1.0]
         self.ddim = list(zip(steps, alphas[:-1], alphas[1:], strict=True))
         self._told = False
+
+    def _build(self) -> None:
+        """What is trained, but for the autoencoder, and what is counted."""
+        chosen, dims, width = self.settings, self.spatial_dims, self.channels
+        same = chosen.own_space and self.student_channels == width
+        self.align = nn.Identity() if same else conv(dims, self.student_channels, width)
+        self.denoiser = Denoiser(dims, width, self.train_timesteps)
+        self.noise_matcher = NoiseMatcher(dims, width, chosen.first_gamma)
+        self.projection: nn.Module = nn.Identity()
+        if not chosen.own_space:
+            self.projection = nn.Sequential(conv(dims, width, width), norm(dims, width))
+        self.standardizer = None
+        if chosen.standardize:
+            self.standardizer = Standardizer(self.teacher_channels, shared=self.distance == "kl")
+        if chosen.warmup:
+            self.register_buffer("seen", torch.tensor(0))
+            self.register_buffer("waits", torch.tensor(_UNTOLD), persistent=False)
+
+    def expect(self, passes: int) -> None:
+        """Says how many forward passes in training mode the run will have, for the warm-up.
+
+        Where nobody says, the warm-up is 300 passes long.
+        """
+        if self.settings.warmup:
+            self.waits.fill_(round(passes * self.settings.warmup))
 
     def forward(
         self, student_feature: Tensor, teacher_feature: Tensor, valid: Tensor | None = None
@@ -122,9 +167,10 @@ class DiffKD(nn.Module):
         self._check_shape("teacher", teacher_feature, self.teacher_channels)
         self._tell_sizes(student_feature, teacher_feature)
         student_feature, teacher_feature, valid = matched(student_feature, teacher_feature, valid)
+        student_feature, teacher_feature = self._scaled(student_feature, teacher_feature, valid)
         target, reconstruction_loss = self._encode(teacher_feature, valid)
         denoised, gamma = self._denoise(self.align(student_feature), valid=valid)
-        kd_loss = self._distance(denoised, target, valid)
+        kd_loss = self._after_warmup(self._distance(denoised, target, valid))
         diffusion_loss = self.diffusion_loss(target, valid=valid)
         loss = kd_loss + diffusion_loss + reconstruction_loss
         return DiffKDOutput(denoised, target, loss, kd_loss, diffusion_loss, reconstruction_loss, gamma)
@@ -158,7 +204,7 @@ class DiffKD(nn.Module):
         """
         valid = valid_at(valid, target)
         if noise is None:
-            noise = torch.randn_like(target)
+            noise = _noise_for(target)
         if timesteps is None:
             timesteps = torch.randint(0, self.train_timesteps, (len(target),), device=target.device)
         noisy = add_noise(precise(target), precise(noise), self.alpha_bars[timesteps])
@@ -181,25 +227,46 @@ class DiffKD(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Noise matching, the DDIM steps, the projection; also gamma `(B,)`."""
         if noise is None:
-            noise = torch.randn_like(latent)
+            noise = _noise_for(latent)
         gamma = self.noise_matcher(without_void(latent, valid), valid)
         share = gamma.view(-1, *[1] * (latent.dim() - 1))
         noisy = without_void(share * latent + (1 - share) * noise, valid)
-        denoiser = self._denoiser_with_fixed_weights() if self.detach_denoiser else self.denoiser
+        detached, codes = self.settings.detach_denoiser, self.denoiser.embedding.weight
+        denoiser = self._denoiser_with_fixed_weights() if detached else self.denoiser
         for timestep, alpha_bar, alpha_bar_next in self.ddim:
-            predicted = denoiser(noisy, self.denoiser.embedding.weight[timestep])
+            predicted = denoiser(noisy, codes[timestep] if self.settings.time_code else None)
             noisy = without_void(ddim_step(noisy, predicted, alpha_bar, alpha_bar_next), valid)
         return self.projection(noisy), precise(gamma)
 
-    def _denoiser_with_fixed_weights(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _denoiser_with_fixed_weights(self) -> Callable[[Tensor, Tensor | None], Tensor]:
         fixed = {name: weight.detach() for name, weight in self.denoiser.named_parameters()}
-        return lambda noisy, code: functional_call(self.denoiser, fixed, (noisy, code.detach()))
+        return lambda noisy, code: functional_call(
+            self.denoiser, fixed, (noisy, None if code is None else code.detach())
+        )
+
+    def _scaled(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both in the scale that the diffusion model works in."""
+        if self.standardizer is None:
+            return student, teacher
+        teacher = self.standardizer(teacher.detach(), valid)
+        if self.settings.own_space:
+            student = (student / self.standardizer.scale).to(student.dtype)
+        return student, teacher
+
+    def _after_warmup(self, loss: Tensor) -> Tensor:
+        if not self.settings.warmup or not self.training:
+            return loss
+        self.seen += 1
+        return torch.where(self.seen > self.waits, loss, 0.0)
 
     def _distance(self, denoised: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
         denoised, target = precise(denoised), precise(target)
         if self.distance == "mse":
             return squared_error(denoised, target, valid)
-        return kl_divergence(denoised, target, self.temperature, valid)
+        if self.standardizer is not None:
+            scale = precise(self.standardizer.scale)
+            denoised, target = denoised * scale, target * scale
+        return kl_divergence(denoised, target, self.settings.temperature, valid)
 
     def _tell_sizes(self, student: Tensor, teacher: Tensor) -> None:
         """Says once that there is something to resize."""
@@ -232,8 +299,10 @@ class DiffKDMethod(Method):
 
     Args:
         setup: what the run taps.
-        latent_channels: width of the autoencoder's space for features (ImageNet: 1024); None has none.
-        num_steps, train_timesteps, start_timestep, detach_denoiser, temperature: as in `DiffKD`.
+        latent_channels: width of the autoencoder's space for features (ImageNet: 1024); None has none,
+            or the preset's.
+        preset, num_steps, train_timesteps, start_timestep, detach_denoiser, temperature, warmup: as in
+            `DiffKD`.
 
     Raises:
         UserError: nothing is tapped.
@@ -243,12 +312,14 @@ class DiffKDMethod(Method):
         self,
         setup: Setup,
         *,
-        num_steps: int = 5,
+        preset: PresetName = "robust",
+        num_steps: int | None = None,
         latent_channels: int | None = None,
         train_timesteps: int = 1000,
-        start_timestep: int = 500,
-        detach_denoiser: bool = False,
-        temperature: float = 1.0,
+        start_timestep: int | None = None,
+        detach_denoiser: bool | None = None,
+        temperature: float | None = None,
+        warmup: float | None = None,
     ) -> None:
         super().__init__()
         if not setup.pairs:
@@ -261,6 +332,7 @@ class DiffKDMethod(Method):
             diffkd = DiffKD(
                 pair.student.channels,
                 pair.teacher.channels,
+                preset=preset,
                 latent_channels=None if plain else latent_channels,
                 spatial_dims=pair.student.spatial_dims,
                 num_steps=num_steps,
@@ -269,9 +341,15 @@ class DiffKDMethod(Method):
                 distance="kl" if pair.is_logits else "mse",
                 detach_denoiser=detach_denoiser,
                 temperature=temperature,
+                warmup=warmup,
             )
             diffkd._told = True  # of unequal sizes: by check_pair
             self.pairs[self.keys[pair.name]] = diffkd
+
+    def expect(self, passes: int) -> None:
+        """Tells every pair how long the run is."""
+        for diffkd in self.pairs.children():
+            diffkd.expect(passes)  # type: ignore[operator]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
@@ -305,12 +383,12 @@ def _check(student: int, teacher: int, latent: int | None, dims: int) -> None:
         raise UserError(f"latent_channels={latent}: vectors (spatial_dims=0) have no autoencoder")
 
 
-def _check_process(steps: int, timesteps: int, start: int, distance: str, temperature: float) -> None:
-    if steps < 1:
-        raise UserError(f"num_steps={steps}: needs at least 1")
+def _check_process(chosen: Settings, timesteps: int) -> None:
+    steps, start = chosen.num_steps, chosen.start_timestep
     if not steps <= start <= timesteps:
         raise UserError(f"start_timestep={start}: between num_steps={steps} and train_timesteps={timesteps}")
-    if distance not in DISTANCES:
-        raise UserError(f"unknown distance '{distance}'{nearest(distance, DISTANCES)}")
-    if temperature <= 0:
-        raise UserError(f"temperature={temperature}: needs more than 0")
+
+
+def _noise_for(feature: Tensor) -> Tensor:
+    """Contiguous whatever the feature's layout: drawing in channels_last takes six times as long."""
+    return torch.randn(feature.shape, dtype=feature.dtype, device=feature.device)

@@ -1,0 +1,89 @@
+"""DiffKD's settings where the user names none: as the paper has them, and as they serve on small data."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from diffkd.errors import UserError, nearest
+
+PresetName = Literal["robust", "paper"]
+DISTANCES = ("mse", "kl")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one pair of features is diffused, denoised and compared.
+
+    Attributes:
+        num_steps: evaluations of the denoiser per forward pass.
+        start_timestep: how noisy the student's feature is taken to be.
+        detach_denoiser: the distance's gradient stops at the denoiser's weights.
+        temperature: of the divergence of class scores.
+        warmup: share of the run in which the diffusion model learns alone, the distance counting nothing.
+        standardize: brings the teacher's feature to mean 0 and variance 1 per channel, class scores to
+            variance 1 over all classes, which is what the noise schedule takes for granted.
+        first_gamma: share of the student's feature that is kept at the start; None leaves it to chance
+            (about one half).
+        latent_limit: widest map that is compared without an autoencoder; None has no limit.
+        own_space: class scores are compared as they leave the last step, without convolutions before
+            and after that learn along.
+        time_code: the denoiser is told the timestep in the denoising loop, too.
+    """
+
+    num_steps: int = 5
+    start_timestep: int = 500
+    detach_denoiser: bool = False
+    temperature: float = 1.0
+    warmup: float = 0.0
+    standardize: bool = False
+    first_gamma: float | None = None
+    latent_limit: int | None = None
+    own_space: bool = False
+    time_code: bool = True
+
+    def narrowed(self, channels: int) -> int | None:
+        """Width of the autoencoder for maps of so many channels; None for no autoencoder."""
+        return self.latent_limit if self.latent_limit is not None and channels > self.latent_limit else None
+
+
+_PAPER = Settings()
+_ROBUST = Settings(
+    num_steps=2,
+    standardize=True,
+    first_gamma=0.98,
+    warmup=1 / 3,
+    latent_limit=32,
+    # One timestep for all samples is one vector, which the BatchNorm behind it takes away again.
+    time_code=False,
+)
+PRESETS: dict[str, dict[str, Settings]] = {
+    "paper": dict.fromkeys(DISTANCES, _PAPER),
+    "robust": {
+        "mse": _ROBUST,
+        "kl": replace(
+            _ROBUST, start_timestep=200, detach_denoiser=True, temperature=4.0, warmup=0.0, own_space=True
+        ),
+    },
+}
+
+
+def settings(preset: str, distance: str, **chosen: Any) -> Settings:
+    """A preset's settings with those that the user named; None leaves one to the preset.
+
+    Raises:
+        UserError: a name is unknown or a value impossible.
+
+    >>> settings("robust", "mse", num_steps=5, temperature=None).num_steps
+    5
+    """
+    for what, name, known in (("preset", preset, PRESETS), ("distance", distance, DISTANCES)):
+        if name not in known:
+            raise UserError(f"unknown {what} '{name}'{nearest(name, tuple(known))}")
+    named = {key: value for key, value in chosen.items() if value is not None}
+    found = replace(PRESETS[preset][distance], **named)
+    if found.temperature <= 0:
+        raise UserError(f"temperature={found.temperature}: needs more than 0")
+    if found.num_steps < 1:
+        raise UserError(f"num_steps={found.num_steps}: needs at least 1")
+    if not 0 <= found.warmup < 1:
+        raise UserError(f"warmup={found.warmup}: a share of the run, at least 0 and less than 1")
+    return found
