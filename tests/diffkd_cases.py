@@ -19,7 +19,7 @@ CASES = [
 
 
 def build(dims=2, latent=None, *, student=STUDENT, teacher=TEACHER, dtype=torch.float32, seed=0, **options):
-    """A DiffKD, the paper's unless said otherwise, none of whose weights and statistics has a special value."""
+    """A DiffKD, the paper's if not said otherwise; no weight or statistic has a special value."""
     torch.manual_seed(seed)
     options = {"preset": "paper", **options}
     module = DiffKD(student, teacher, latent_channels=latent, spatial_dims=dims, **options)

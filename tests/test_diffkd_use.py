@@ -342,6 +342,7 @@ MIXED = (
 
 def method_run(pairs=MIXED, batch=BATCH, **options):
     torch.manual_seed(0)
+    options = {"preset": "paper", **options}
     method = method_class("diffkd")(Setup(pairs, nn.Identity(), nn.Identity()), **options)
     student, teacher = (
         {p.name: torch.randn(batch, *getattr(p, side).shape) for p in pairs}

@@ -120,7 +120,7 @@ class Distiller(nn.Module):
     >>> distiller = Distiller(student, teacher, {"0": "0", "": ""}, "diffkd", torch.rand(2, 3, 8, 8))
     >>> losses = distiller(torch.rand(2, 3, 8, 8))
     >>> sorted(losses)
-    ['diffkd.0.diffusion', 'diffkd.0.kd', 'diffkd.output.diffusion', 'diffkd.output.kd']
+    ['diffkd.0.diffusion', 'diffkd.0.kd', 'diffkd.output.kd']
     >>> losses.output.shape
     torch.Size([2, 5])
     """

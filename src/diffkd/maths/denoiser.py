@@ -1,4 +1,4 @@
-"""The networks of DiffKD: denoiser, noise matcher, autoencoder, as the paper has them; the feature's scale."""
+"""The networks of DiffKD: denoiser, noise matcher, autoencoder as the paper has them; a standardizer."""
 
 import math
 
@@ -76,14 +76,12 @@ class Autoencoder(nn.Module):
 
 
 class Standardizer(nn.Module):
-    """Brings features `(B, C, *S)` to the unit variance that the noise schedule takes for granted.
+    """Brings features `(B, C, *S)` to mean 0 and variance 1 per channel, which the noise schedule expects.
 
     By running moments: each batch counts the same until a hundred are seen, then one in a hundred.
 
     Args:
         channels: C.
-        shared: one scale for all channels and no shift, so that class scores keep their meaning;
-            else mean 0 and variance 1 per channel.
 
     >>> standardizer = Standardizer(3)
     >>> torch.std_mean(standardizer(7 + 50 * torch.randn(64, 3, 8, 8)))[0].round(decimals=1)
@@ -94,40 +92,33 @@ class Standardizer(nn.Module):
     variance: Tensor
     batches: Tensor
 
-    def __init__(self, channels: int, shared: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.shared = shared
-        size = 1 if shared else channels
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
         self.register_buffer("batches", torch.tensor(0.0))
 
     def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
         """The feature in its new scale, taken in first while training; 0 where `(B, *S)` is False."""
         if self.training:
             self._take_in(feature.detach(), valid)
-        scale = self.scale.view(1, -1, *[1] * (feature.dim() - 2))
-        shift = 0 if self.shared else self.mean.view(scale.shape)
-        return without_void(((feature - shift) / scale).to(feature.dtype), valid)
-
-    @property
-    def scale(self) -> Tensor:
-        """What features are divided by: `(C,)`, or `(1,)` where shared."""
         # Channels that hardly vary stay small: they carry rounding and nothing to learn.
-        return (self.variance + 1e-3 * self.variance.mean() + 1e-12).sqrt()
+        scale = (self.variance + 1e-3 * self.variance.mean() + 1e-12).rsqrt()
+        mean, scale = (x.view(-1, *[1] * (feature.dim() - 2)) for x in (self.mean, scale))
+        return without_void(((feature - mean) * scale).to(feature.dtype), valid)
 
     def _take_in(self, feature: Tensor, valid: Tensor | None) -> None:
-        values = feature.float().movedim(1, -1)  # (B, *S, C)
-        share = torch.ones_like(values) if valid is None else valid[..., None].expand_as(values).float()
-        axes = tuple(range(values.dim() if self.shared else values.dim() - 1))
+        values = feature.to(self.mean.dtype).movedim(1, -1)  # (B, *S, C)
+        share = torch.ones_like(values) if valid is None else valid[..., None].expand_as(values).to(values)
+        axes = tuple(range(values.dim() - 1))
         count = share.sum(axes).clamp(min=1)
         mean = (values * share).sum(axes) / count
         variance = ((values - mean).square() * share).sum(axes) / count
         self.batches += 1
         weight = (1 / self.batches).clamp(min=0.01)
         between = (mean - self.mean).square() * weight
-        self.variance.copy_(torch.lerp(self.variance + between, variance.to(self.variance), weight))
-        self.mean.copy_(torch.lerp(self.mean, mean.to(self.mean), weight))
+        self.variance.copy_(torch.lerp(self.variance + between, variance, weight))
+        self.mean.copy_(torch.lerp(self.mean, mean, weight))
 
 
 class Bottleneck(nn.Module):

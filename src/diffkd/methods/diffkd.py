@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,9 @@ class DiffKD(nn.Module):
         preset: what the other settings are where they are None. "paper" is the published method.
             "robust" departs from it where small students, short runs and features of any scale
             suffered: the teacher's feature is standardized, most of the student's feature is kept at the
-            start, the diffusion model learns first (`warmup`), maps wider than 32 channels are compared
-            in 32, with 2 steps; class scores are compared in their own space, at temperature 4.
+            start, the way through the diffusion model learns first (`warmup`), maps wider than 32
+            channels are compared in 32, with 2 steps; class scores ("kl") are compared as they are, at
+            temperature 4, which is plain knowledge distillation.
         latent_channels: width of the space that both are compared in; an autoencoder brings the
             teacher's feature there. None compares in the teacher's own space, or the preset's. Not for
             vectors.
@@ -67,9 +68,9 @@ class DiffKD(nn.Module):
         detach_denoiser: the distance's gradient stops at the denoiser's weights (it still passes
             through the denoiser to the student). The paper's code lets it in.
         temperature: of "kl".
-        warmup: share of the run, counted in forward passes in training mode, in which the distance
-            counts nothing, so that it reaches the student through a denoiser that has learned. The
-            run's length comes by `expect`.
+        warmup: share of the run, counted in forward passes in training mode, in which no gradient
+            reaches the student while all on its way learns: through layers that know nothing yet it
+            would point anywhere. The run's length comes by `expect`.
 
     Raises:
         UserError: an argument is impossible, or a feature does not have the shape promised here.
@@ -111,7 +112,7 @@ class DiffKD(nn.Module):
             temperature=temperature,
             warmup=warmup,
         )
-        _check_process(self.settings, train_timesteps)
+        _check_process(self.settings, train_timesteps, latent_channels)
         if latent_channels is None and spatial_dims:
             latent_channels = self.settings.narrowed(teacher_channels)
         self.student_channels, self.teacher_channels = student_channels, teacher_channels
@@ -130,16 +131,14 @@ class DiffKD(nn.Module):
     def _build(self) -> None:
         """What is trained, but for the autoencoder, and what is counted."""
         chosen, dims, width = self.settings, self.spatial_dims, self.channels
-        same = chosen.own_space and self.student_channels == width
+        same = not chosen.denoise and self.student_channels == width
         self.align = nn.Identity() if same else conv(dims, self.student_channels, width)
+        if not chosen.denoise:
+            return
         self.denoiser = Denoiser(dims, width, self.train_timesteps)
         self.noise_matcher = NoiseMatcher(dims, width, chosen.first_gamma)
-        self.projection: nn.Module = nn.Identity()
-        if not chosen.own_space:
-            self.projection = nn.Sequential(conv(dims, width, width), norm(dims, width))
-        self.standardizer = None
-        if chosen.standardize:
-            self.standardizer = Standardizer(self.teacher_channels, shared=self.distance == "kl")
+        self.projection = nn.Sequential(conv(dims, width, width), norm(dims, width))
+        self.standardizer = Standardizer(self.teacher_channels) if chosen.standardize else None
         if chosen.warmup:
             self.register_buffer("seen", torch.tensor(0))
             self.register_buffer("waits", torch.tensor(_UNTOLD), persistent=False)
@@ -167,10 +166,11 @@ class DiffKD(nn.Module):
         self._check_shape("teacher", teacher_feature, self.teacher_channels)
         self._tell_sizes(student_feature, teacher_feature)
         student_feature, teacher_feature, valid = matched(student_feature, teacher_feature, valid)
-        student_feature, teacher_feature = self._scaled(student_feature, teacher_feature, valid)
+        if not self.settings.denoise:
+            return self._compare(student_feature, teacher_feature, valid)
         target, reconstruction_loss = self._encode(teacher_feature, valid)
-        denoised, gamma = self._denoise(self.align(student_feature), valid=valid)
-        kd_loss = self._after_warmup(self._distance(denoised, target, valid))
+        denoised, gamma = self._denoise(self.align(self._after_warmup(student_feature)), valid=valid)
+        kd_loss = self._distance(denoised, target, valid)
         diffusion_loss = self.diffusion_loss(target, valid=valid)
         loss = kd_loss + diffusion_loss + reconstruction_loss
         return DiffKDOutput(denoised, target, loss, kd_loss, diffusion_loss, reconstruction_loss, gamma)
@@ -185,7 +185,8 @@ class DiffKD(nn.Module):
         """
         self._check_shape("student", feature, self.student_channels)
         valid = valid_at(valid, feature)
-        return self._denoise(self.align(without_void(feature, valid)), noise, valid)[0]
+        latent = self.align(without_void(feature, valid))
+        return self._denoise(latent, noise, valid)[0] if self.settings.denoise else latent
 
     def diffusion_loss(
         self,
@@ -212,11 +213,21 @@ class DiffKD(nn.Module):
         predicted = self.denoiser(noisy.to(target.dtype), self.denoiser.embedding(timesteps))
         return squared_error(precise(predicted), precise(noise), valid)
 
+    def _compare(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> DiffKDOutput:
+        """What is left where nothing is denoised: the distance."""
+        ours, theirs = self.align(student), teacher.detach()
+        loss = self._distance(ours, theirs, valid)
+        return DiffKDOutput(
+            ours, theirs, loss, loss, loss.new_zeros(()), loss.new_zeros(()), loss.new_ones(len(ours))
+        )
+
     def _encode(self, teacher_feature: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """The target, and how badly the autoencoder rebuilds the teacher's feature."""
-        if self.autoencoder is None:
-            return teacher_feature.detach(), teacher_feature.new_zeros((), dtype=self.alpha_bars.dtype)
         teacher_feature = teacher_feature.detach()
+        if self.standardizer is not None:
+            teacher_feature = self.standardizer(teacher_feature, valid)
+        if self.autoencoder is None:
+            return teacher_feature, teacher_feature.new_zeros((), dtype=self.alpha_bars.dtype)
         latent = self.autoencoder.encoder(teacher_feature)
         rebuilt = self.autoencoder.decoder(latent)
         loss = squared_error(precise(rebuilt), precise(teacher_feature), valid)
@@ -244,28 +255,17 @@ class DiffKD(nn.Module):
             self.denoiser, fixed, (noisy, None if code is None else code.detach())
         )
 
-    def _scaled(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both in the scale that the diffusion model works in."""
-        if self.standardizer is None:
-            return student, teacher
-        teacher = self.standardizer(teacher.detach(), valid)
-        if self.settings.own_space:
-            student = (student / self.standardizer.scale).to(student.dtype)
-        return student, teacher
-
-    def _after_warmup(self, loss: Tensor) -> Tensor:
+    def _after_warmup(self, feature: Tensor) -> Tensor:
+        """The student's feature, to which no gradient passes as long as the run warms up."""
         if not self.settings.warmup or not self.training:
-            return loss
+            return feature
         self.seen += 1
-        return torch.where(self.seen > self.waits, loss, 0.0)
+        return torch.where(self.seen > self.waits, feature, feature.detach())
 
     def _distance(self, denoised: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
         denoised, target = precise(denoised), precise(target)
         if self.distance == "mse":
             return squared_error(denoised, target, valid)
-        if self.standardizer is not None:
-            scale = precise(self.standardizer.scale)
-            denoised, target = denoised * scale, target * scale
         return kl_divergence(denoised, target, self.settings.temperature, valid)
 
     def _tell_sizes(self, student: Tensor, teacher: Tensor) -> None:
@@ -282,6 +282,8 @@ class DiffKD(nn.Module):
 
     def _schedule(self) -> None:
         """Puts the schedule where the weights are."""
+        if not self.settings.denoise:
+            return
         weight = self.denoiser.embedding.weight
         # Half precision cannot tell the schedule's ends apart: it stays in float32 at least.
         precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -357,12 +359,14 @@ class DiffKDMethod(Method):
         """Distance, diffusion and reconstruction losses of every pair."""
         losses: dict[str, Tensor] = {}
         for name, key in self.keys.items():
-            diffkd = self.pairs[key]
+            diffkd = cast(DiffKD, self.pairs[key])
             out: DiffKDOutput = diffkd(student[name], teacher[name], batch.valid)
-            losses |= {f"{name}.kd": out.kd_loss, f"{name}.diffusion": out.diffusion_loss}
+            losses[f"{name}.kd"] = out.kd_loss
+            if diffkd.settings.denoise:
+                losses[f"{name}.diffusion"] = out.diffusion_loss
+                self.figures[f"{name}.gamma"] = out.gamma.detach().mean()
             if diffkd.autoencoder is not None:
                 losses[f"{name}.reconstruction"] = out.reconstruction_loss
-            self.figures[f"{name}.gamma"] = out.gamma.detach().mean()
         return losses
 
     def matched(
@@ -383,7 +387,9 @@ def _check(student: int, teacher: int, latent: int | None, dims: int) -> None:
         raise UserError(f"latent_channels={latent}: vectors (spatial_dims=0) have no autoencoder")
 
 
-def _check_process(chosen: Settings, timesteps: int) -> None:
+def _check_process(chosen: Settings, timesteps: int, latent: int | None) -> None:
+    if latent is not None and not chosen.denoise:
+        raise UserError(f"latent_channels={latent}: nothing is denoised here; preset='paper' denoises scores")
     steps, start = chosen.num_steps, chosen.start_timestep
     if not steps <= start <= timesteps:
         raise UserError(f"start_timestep={start}: between num_steps={steps} and train_timesteps={timesteps}")

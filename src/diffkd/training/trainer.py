@@ -85,7 +85,7 @@ class Trainer:
                     module.compile()
         if parts.teacher is not None:
             parts.teacher.to(fabric.device)
-        self.distiller.expect(self._total_steps * recipe.trainer.accumulate)
+        self.distiller.expect(self.length.total * recipe.trainer.accumulate)
         self.plain = step
         self.step, self.optimizer = fabric.setup(step, build_optimizer(recipe.optimizer, step))
         # What a model holds on purpose (a mask of minus infinities, say) says nothing of training.
