@@ -16,6 +16,11 @@ def alpha_bars(timesteps: int = 1000, first: float = 1e-4, last: float = 0.02) -
     return torch.cumprod(1 - betas, 0)
 
 
+def noise_like(feature: Tensor) -> Tensor:
+    """Noise of a feature's shape, contiguous: drawing in channels_last takes six times as long."""
+    return torch.randn(feature.shape, dtype=feature.dtype, device=feature.device)
+
+
 def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """Forward process: `sqrt(a) x + sqrt(1 - a) eps`, with one `alpha_bar` `(B,)` per sample."""
     a = alpha_bar.view(-1, *[1] * (clean.dim() - 1))

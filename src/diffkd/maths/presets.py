@@ -39,9 +39,15 @@ class Settings:
     time_code: bool = True
     denoise: bool = True
 
-    def narrowed(self, channels: int) -> int | None:
-        """Width of the autoencoder for maps of so many channels; None for no autoencoder."""
-        return self.latent_limit if self.latent_limit is not None and channels > self.latent_limit else None
+    def narrowed(self, channels: int, classes: int | None = None) -> int | None:
+        """Width of the autoencoder for maps of so many channels; None for no autoencoder.
+
+        A space narrower than there are classes could not tell them apart.
+        """
+        if self.latent_limit is None:
+            return None
+        limit = max(self.latent_limit, classes or 0)
+        return limit if channels > limit else None
 
 
 _PAPER = Settings()

@@ -12,7 +12,7 @@ from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.features.maps import matched, valid_at
 from diffkd.maths.denoiser import Autoencoder, Denoiser, NoiseMatcher, Standardizer
-from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps
+from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps, noise_like
 from diffkd.maths.layers import conv, norm, without_void
 from diffkd.maths.losses import kl_divergence, precise, squared_error
 from diffkd.maths.presets import PresetName, Settings, settings
@@ -205,7 +205,7 @@ class DiffKD(nn.Module):
         """
         valid = valid_at(valid, target)
         if noise is None:
-            noise = _noise_for(target)
+            noise = noise_like(target)
         if timesteps is None:
             timesteps = torch.randint(0, self.train_timesteps, (len(target),), device=target.device)
         noisy = add_noise(precise(target), precise(noise), self.alpha_bars[timesteps])
@@ -238,7 +238,7 @@ class DiffKD(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Noise matching, the DDIM steps, the projection; also gamma `(B,)`."""
         if noise is None:
-            noise = _noise_for(latent)
+            noise = noise_like(latent)
         gamma = self.noise_matcher(without_void(latent, valid), valid)
         share = gamma.view(-1, *[1] * (latent.dim() - 1))
         noisy = without_void(share * latent + (1 - share) * noise, valid)
@@ -302,7 +302,7 @@ class DiffKDMethod(Method):
     Args:
         setup: what the run taps.
         latent_channels: width of the autoencoder's space for features (ImageNet: 1024); None has none,
-            or the preset's.
+            or the preset's (32, or the number of classes if larger).
         preset, num_steps, train_timesteps, start_timestep, detach_denoiser, temperature, warmup: as in
             `DiffKD`.
 
@@ -328,14 +328,16 @@ class DiffKDMethod(Method):
             raise UserError("method 'diffkd' needs a feature map or logits to distil; set taps")
         self.pairs = nn.ModuleDict()
         self.keys = {pair.name: module_key(pair.name) for pair in setup.pairs}
+        usual = settings(preset, "mse")
         for pair in setup.pairs:
             check_pair(pair, "diffkd")
+            latent = latent_channels or usual.narrowed(pair.teacher.channels, setup.num_classes)
             plain = pair.is_logits or pair.student.spatial_dims == 0
             diffkd = DiffKD(
                 pair.student.channels,
                 pair.teacher.channels,
                 preset=preset,
-                latent_channels=None if plain else latent_channels,
+                latent_channels=None if plain else latent,
                 spatial_dims=pair.student.spatial_dims,
                 num_steps=num_steps,
                 train_timesteps=train_timesteps,
@@ -393,8 +395,3 @@ def _check_process(chosen: Settings, timesteps: int, latent: int | None) -> None
     steps, start = chosen.num_steps, chosen.start_timestep
     if not steps <= start <= timesteps:
         raise UserError(f"start_timestep={start}: between num_steps={steps} and train_timesteps={timesteps}")
-
-
-def _noise_for(feature: Tensor) -> Tensor:
-    """Contiguous whatever the feature's layout: drawing in channels_last takes six times as long."""
-    return torch.randn(feature.shape, dtype=feature.dtype, device=feature.device)
