@@ -91,3 +91,104 @@ def skd(student, teacher, valid, grid):
         ours, theirs = nodes(student, b), nodes(teacher, b)
         errors += [(cosine(ours[i], ours[j]) - cosine(theirs[i], theirs[j])) ** 2 for i in ours for j in ours]
     return mean(errors)
+
+
+def softened(position, candidates, temperature):
+    scores = torch.stack([cosine(position, c) / temperature for c in candidates]).exp()
+    return scores / scores.sum()
+
+
+def kl(p, q):
+    return sum(a * (a / b).log() for a, b in zip(p, q, strict=True))
+
+
+def cirkd_pixel(student, teacher, valid, temperature):
+    found = []
+    for i in range(len(student)):
+        for p in places(valid, i):
+            for j in range(len(student)):
+                ours, theirs = (
+                    softened(at(x, i, p), [at(x, j, q) for q in places(valid, j)], temperature)
+                    for x in (student, teacher)
+                )
+                found.append(kl(theirs, ours))
+    return mean(found)
+
+
+def regions(teacher, labels, valid, classes):
+    """By class, the mean of its positions in each picture that has it."""
+    found = {
+        k: [prototype(teacher, labels, b, k, valid) for b in range(len(teacher))] for k in range(classes)
+    }
+    return {k: [r for r in rows if r is not None] for k, rows in found.items()}
+
+
+def cirkd_region(aligned, teacher, labels, valid, candidates, temperature):
+    found = []
+    for b in range(len(aligned)):
+        for p in places(valid & (labels != 255), b):
+            ours, theirs = (softened(at(x, b, p), candidates, temperature) for x in (aligned, teacher))
+            found.append(kl(theirs, ours))
+    return mean(found)
+
+
+def pool(feature, valid, factor):
+    """Means over the valid positions of cells, and which cells are at least half valid."""
+    batch, channels, height, width = feature.shape
+    rows, where = [], torch.zeros(batch, height // factor, width // factor, dtype=torch.bool)
+    for b, r, c in product(range(batch), range(height // factor), range(width // factor)):
+        cell = [(r * factor + i, c * factor + j) for i in range(factor) for j in range(factor)]
+        members = [at(feature, b, p) for p in cell if valid[(b, *p)]]
+        where[b, r, c] = 2 * len(members) >= len(cell)
+        rows.append(sum(members) / len(members) if members else torch.zeros(channels, dtype=feature.dtype))
+    stacked = torch.stack(rows).view(batch, height // factor, width // factor, channels)
+    return stacked.permute(0, 3, 1, 2), where
+
+
+def softmax_over(values):
+    return torch.stack(list(values)).softmax(0)
+
+
+def fgd(state, student, teacher, boxes, valid, temperature):
+    """Foreground, background, attention, relation, without their weights; boxes in positions of the map."""
+    totals = dict.fromkeys(("foreground", "background", "attention", "relation"), 0)
+    channels = student.shape[1]
+    for b in range(len(student)):
+        used = places(valid, b)
+        share = {}
+        for x1, y1, x2, y2 in boxes[b].tolist():
+            left, top, right, bottom = int(x1 // 1), int(y1 // 1), int(-(-x2 // 1)), int(-(-y2 // 1))
+            area = (right - left + 1) * (bottom - top + 1)
+            for p in used:
+                if top <= p[0] <= bottom and left <= p[1] <= right:
+                    share[p] = max(share.get(p, 0), 1 / area)
+        outside = [p for p in used if p not in share]
+        space, weight, context = [], [], []
+        for side, x in enumerate((student, teacher)):
+            strengths = softmax_over(at(x, b, p).abs().mean() / temperature for p in used) * len(used)
+            space.append(dict(zip(used, strengths, strict=True)))
+            weight.append(
+                softmax_over(mean(x[(b, c, *p)].abs() for p in used) / temperature for c in range(channels))
+                * channels
+            )
+            context.append(_context(state, f"contexts.map.{side}", x, b, used))
+        for p in used:
+            error = (at(teacher, b, p) - at(student, b, p)).square() * space[1][p] * weight[1]
+            totals["foreground"] += share.get(p, 0) * error.sum()
+            totals["background"] += (p in outside) * error.sum() / max(1, len(outside))
+            totals["attention"] += (space[0][p] - space[1][p]).abs()
+            relation = at(teacher, b, p) + context[1] - at(student, b, p) - context[0]
+            totals["relation"] += relation.square().sum()
+        totals["attention"] += (weight[0] - weight[1]).abs().sum()
+    return {name: total / len(student) for name, total in totals.items()}
+
+
+def _context(state, key, x, b, used):
+    """What all positions say together, through two linear layers."""
+    mask = state[f"{key}.mask.weight"].flatten()
+    share = softmax_over(mask @ at(x, b, p) + state[f"{key}.mask.bias"][0] for p in used)
+    together = sum(s * at(x, b, p) for s, p in zip(share, used, strict=True))
+    hidden = state[f"{key}.add.0.weight"] @ together + state[f"{key}.add.0.bias"]
+    hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
+    hidden = (hidden * state[f"{key}.add.1.weight"] + state[f"{key}.add.1.bias"]).clamp(min=0)
+    return state[f"{key}.add.3.weight"] @ hidden + state[f"{key}.add.3.bias"]

@@ -89,7 +89,54 @@ def test_label_maps_of_another_size_and_frame():
         assert known[0].sum() == 7
 
 
-LABELLED = pytest.mark.parametrize("name", ["ifvd"])
+@pytest.mark.parametrize("pooling", [1, 2])
+def test_cirkd(pooling):
+    ours, theirs, batch = draw()
+    options = {"temperature": 0.5, "pooling": pooling, "pixel_weight": 2.0, "region_weight": 0.3, "memory": 3}
+    method = build("cirkd", **options)
+    sized = [oracle.pool(x, batch.valid, pooling) for x in (ours, theirs)]
+    pixel = 2.0 * oracle.cirkd_pixel(sized[0][0], sized[1][0], sized[0][1], 0.5)
+    assert_same(method({"map": ours}, {"map": theirs}, batch)["map.pixel"], pixel, ours)
+    remembered = {k: [] for k in range(CLASSES)}
+    method = build("cirkd", **options)
+    for step in range(5):  # the memory holds three regions of each class
+        theirs = torch.roll(theirs, step, 1)
+        seen = oracle.regions(theirs, batch.targets, batch.valid, CLASSES)
+        candidates = [r for rows in (seen, remembered) for k in range(CLASSES) for r in rows[k][-3:]]
+        aligned = oracle.linear(method.state_dict(), "regressors.map", ours)
+        expected = oracle.cirkd_region(aligned, theirs, batch.targets, batch.valid, candidates, 0.5)
+        found = method({"map": ours}, {"map": theirs}, batch)["map.region"]
+        assert_same(found, 0.3 * expected, ours)
+        for k, rows in seen.items():
+            remembered[k] += [oracle.mean(rows)] if rows else []
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_fgd(temperature):
+    ours, theirs, batch = draw(SAME)
+    # pixels are half positions; the second picture has no box
+    boxes = [
+        torch.tensor([[0.0, 1.0, 5.0, 6.0], [1.0, 1.0, 3.0, 2.0]]),
+        torch.zeros(0, 4),
+        torch.tensor([[4.0, 2.0, 11.0, 7.0]]),
+    ]
+    valid = batch.valid.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    batch = batch._replace(targets=[{"boxes": box} for box in boxes], valid=valid)
+    method = build("fgd", SAME, temperature=temperature)
+    with torch.no_grad():
+        for weight in method.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    expected = oracle.fgd(
+        method.state_dict(), ours, theirs, [box / 2 for box in boxes], draw(SAME)[2].valid, temperature
+    )
+    losses = method({"map": ours}, {"map": theirs}, batch)
+    for name, weight in method.weights.items():
+        assert_same(losses[f"map.{name}"], weight * expected[name], ours)
+    with pytest.raises(UserError, match="dicts with boxes"):
+        method({"map": ours}, {"map": theirs}, batch._replace(targets=torch.zeros(3)))
+
+
+LABELLED = pytest.mark.parametrize("name", ["ifvd", "cirkd"])
 
 
 @LABELLED
@@ -103,7 +150,7 @@ def test_what_label_methods_need(name):
         build(name)({"map": ours}, {"map": theirs}, batch._replace(targets=torch.zeros(3)))
 
 
-@pytest.mark.parametrize("name", ["cwd", "ifvd", "skd"])
+@pytest.mark.parametrize("name", ["cwd", "ifvd", "skd", "cirkd", "fgd"])
 def test_methods_that_need_maps(name):
     with pytest.raises(UserError, match="serves maps"):
         build(name, ((5,), (5,)))
