@@ -282,6 +282,13 @@ class Distiller(nn.Module):
                 self._find_stages(model, self._roles.prepare(sample, preprocess))
                 for model, preprocess in ((self.student, self.student_input), self._frozen)
             )
+            for side, found in (("student", student), ("teacher", teacher)):
+                if not found:
+                    warnings.warn(
+                        f"no feature map was found in the {side} in front of its head: only outputs are "
+                        "tapped; name layers with taps",
+                        stacklevel=5,
+                    )
             depth = min(len(student), len(teacher), 1 if "all" not in wants else len(student))
             # Stages are matched from the last one back: models differ in their first ones.
             taps = dict(zip(student[len(student) - depth :], teacher[len(teacher) - depth :], strict=True))
@@ -374,4 +381,4 @@ def _serves(wants: str, stages: Mapping[str, str], layer: str) -> bool:
     if wants == "none":
         return False
     told = "told" in stages.values()
-    return told or wants == "all" or stages.get(layer) == wants
+    return told or wants == "all" or stages.get(layer, stages.get(layer.rpartition("[")[0])) == wants

@@ -63,6 +63,8 @@ class Evidence:
         for leaf in reversed(self.leaves):
             if isinstance(leaf, nn.LayerNorm) or type(leaf).__name__ in ("LayerNorm", "RMSNorm"):
                 return _width(leaf) == shape[-1] if _width(leaf) in (shape[-1], shape[1]) else None
+            if isinstance(leaf, nn.RNNBase):
+                return True if leaf.batch_first else None
             if isinstance(leaf, nn.Linear) and leaf.out_features == shape[-1]:
                 return True
             width = _channels_first_width(leaf)
@@ -174,23 +176,20 @@ def prefix_tokens(model: nn.Module) -> int | None:
     return prefix if isinstance(prefix, int) else None
 
 
-def positions(output: Any, image_size: tuple[int, ...] | None, prefix: int | None) -> int | None:
-    """Number of places of a map or of a grid of tokens; None for anything else.
-
-    Args:
-        output: what a layer gave.
-        image_size: `(H, W)` of the sample's pictures.
-        prefix: class and register tokens in front, if known.
-    """
+def positions(output: Any, evidence: Evidence) -> int | None:
+    """Number of places of a map, a volume, a sequence or a grid of tokens; None for anything else."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
-    shape = tuple(output.shape)
-    if len(shape) == 4:
-        last = _fits(shape[1:-1], image_size) and not _fits(shape[2:], image_size)
-        if image_size is not None and not last and not _fits(shape[2:], image_size):
+    shape, size = tuple(output.shape), evidence.image_size
+    if len(shape) == 3 and size is not None and len(size) == 2:
+        found = _find_grid(shape[1], evidence)
+        return None if found is None else math.prod(found[1])
+    if len(shape) == 4 and (size is None or len(size) == 2):
+        last = _fits(shape[1:-1], size) and not _fits(shape[2:], size)
+        if size is not None and not last and not _fits(shape[2:], size):
             return None
         return math.prod(shape[1:-1] if last else shape[2:])
-    if len(shape) == 3:
-        found = _find_grid(shape[1], Evidence([], image_size, prefix))
-        return None if found is None else math.prod(found[1])
+    if len(shape) in (3, 5):
+        word = evidence.channels_last(shape)
+        return None if word is None else math.prod(shape[1:-1] if word else shape[2:])
     return None

@@ -22,6 +22,20 @@ def dry_run(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def all_learning(model: nn.Module) -> Iterator[None]:
+    """Every weight gets a gradient, so that an output's graph tells which layers made it."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 @dataclass
 class Watched:
     """What a dry run shows.
@@ -31,10 +45,13 @@ class Watched:
             inside of.
         seen: spatial axes of the pictures as the first layer with weights saw them: resized and padded,
             where the model does that itself; None before it ran, and where it was given no picture.
+        batch: number of samples that it was given, None where unknown.
     """
 
     leaves: dict[str, list[nn.Module]] = field(default_factory=dict)
     seen: tuple[int, ...] | None = None
+    batch: int | None = None
+    paths: list[str] = field(default_factory=list)  # of the leaves, in order of execution
 
     _latest: list[nn.Module] = field(default_factory=list)
     _channels: int | None = None
@@ -46,7 +63,10 @@ class Watched:
         """
         if self._latest:
             return
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() >= 4]
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() >= 3]
+        given = [x for x in tensors if x.dim() >= 4]
+        if tensors:
+            self.batch = tensors[0].shape[0]
         if given and self._channels in (None, given[0].shape[1]):
             self._channels = given[0].shape[1]
             self.seen = tuple(given[0].shape[2:])
@@ -58,6 +78,7 @@ class Watched:
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             self._latest[:] = [module]
+            self.paths.append(path)
             for outer in dict.fromkeys(above):
                 self.leaves.setdefault(outer, []).append(module)
 
