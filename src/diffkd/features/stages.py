@@ -173,7 +173,14 @@ def _pyramid(log: _Log, ended: list[tuple[str, Any, Any]]) -> str | None:
 
 
 # Not worth a tap: they pass a map on, or pool it to a size that the classifier wants.
-_PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_PASSING = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
 
 
 def _told(model: nn.Module) -> list[str]:

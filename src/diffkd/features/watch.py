@@ -77,7 +77,8 @@ class Watched:
         above = ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._latest[:] = [module]
+            if not self._latest or not any(True for child in module.children() for _ in child.parameters()):
+                self._latest[:] = [module]  # of a block with weights of its own its last layer knows more
             self.paths.append(path)
             for outer in dict.fromkeys(above):
                 self.leaves.setdefault(outer, []).append(module)
