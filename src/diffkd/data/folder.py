@@ -1,6 +1,8 @@
 """Folders of pictures: one folder a class, split or not; or unlabelled pictures in any folder."""
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -106,8 +108,8 @@ def _ordered(
     """Classes in the order wanted, and a note where another is as likely."""
     if isinstance(order, list):
         if sorted(order) != sorted(names):
-            missing, unknown = sorted(set(names) - set(order)), sorted(set(order) - set(names))
-            what = f"lacks {quoted(missing)}" if missing else f"has {quoted(unknown or order)} once too often"
+            missing, extra = sorted(set(names) - set(order)), sorted(Counter(order) - Counter(names))
+            what = f"lacks {quoted(missing)}" if missing else f"has {quoted(extra)} too often"
             raise UserError(f"data.class_order {what}: it must name each class folder of '{folder}' once")
         return tuple(order), ()
     natural = sorted(names, key=_natural)
@@ -141,13 +143,21 @@ def _labelled(scan: Scan, classes: tuple[str, ...], there: list[str] | None = No
     if not classes or there == []:
         what = "pictures but no class folders" if scan.pictures() else "no pictures"
         raise UserError(f"'{scan.folder}' holds {what}; give one folder a class, or set data.labels=none")
-    found = [scan.pictures(name) if there is None or name in there else [] for name in classes]
-    empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
+    counts = []
+
+    def paths() -> Iterator[str]:
+        for name in classes:
+            inner = scan.pictures(name) if there is None or name in there else []
+            counts.append(len(inner))
+            yield from (f"{name}/{path}" for path in inner)
+
+    files = Files(scan.folder, paths(), None)
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if empty and (there is None or len(empty) == len(classes)):
         what = f"the class folder{'s' * (len(empty) > 1)} {quoted(empty)} of '{scan.folder}'"
         raise UserError(f"no pictures in {what}" + "".join(f" ({note})" for note in scan.notes()))
-    paths = [f"{name}/{path}" for name, paths in zip(classes, found, strict=True) for path in paths]
-    return Files(scan.folder, paths, np.repeat(np.arange(len(classes)), [len(paths) for paths in found]))
+    files.targets = np.repeat(np.arange(len(classes)), counts)
+    return files
 
 
 def _unlabelled(scan: Scan) -> Files:

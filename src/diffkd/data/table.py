@@ -15,7 +15,7 @@ from diffkd.errors import UserError, nearest
 from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Files, Source, held_out
 from diffkd.pictures.options import class_count, class_notes, data_folder, quoted, spread
-from diffkd.pictures.scan import is_regular
+from diffkd.pictures.scan import RegularFiles
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 _ENDINGS = ("csv", "tsv", "txt")
@@ -169,27 +169,26 @@ def _paths(
 ) -> Iterator[str]:
     """The pictures' paths row by row, while codes and labels are filled."""
     path_place, label_place = places
-    folder = f"{file.parent}/"
+    assert path_place is not None
+    needed = max(path_place, label_place or 0)
+    there = RegularFiles(file.parent)
     for line, row in enumerate(filter(None, rows), 2):
-        found = []
-        for what, place in (("path", path_place), ("label", label_place)):
-            text = row[place] if place is not None and place < len(row) else ""
-            if place is not None and not text:
-                raise UserError(f"'{file}' has no {what} in row {line}")
-            found.append(text)
-        yield _existing(file, line, folder, found[0])
+        path = row[path_place] if path_place < len(row) else ""
+        label = "" if label_place is None or needed >= len(row) else row[label_place]
+        if not path or (label_place is not None and not label):
+            raise UserError(f"'{file}' has no {'label' if path else 'path'} in row {line}")
+        yield path if path in there else _existing(file, line, there, path)
         if label_place is not None:
-            codes.append(labels.setdefault(found[1], len(labels)))
+            codes.append(labels.setdefault(label, len(labels)))
 
 
-def _existing(file: Path, line: int, folder: str, path: str) -> str:
-    """A path as it is, or with its backslashes turned, whichever leads to a file."""
-    for tried in (path, path.replace("\\", "/")):
-        regular = is_regular(tried if tried[0] == "/" else folder + tried)
-        if regular:
-            return tried
-        if regular is False:
-            raise UserError(f"row {line} of '{file}' lists '{tried}', which is not a regular file")
+def _existing(file: Path, line: int, there: RegularFiles, path: str) -> str:
+    """A path with its backslashes turned, if that leads to a file."""
+    turned = path.replace("\\", "/")
+    if turned in there:
+        return turned
+    if (file.parent / turned).exists():
+        raise UserError(f"row {line} of '{file}' lists '{path}', which is not a regular file")
     raise UserError(f"'{file}' lists '{path}' in row {line}, which is not in '{file.parent}'")
 
 

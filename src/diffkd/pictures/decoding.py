@@ -82,11 +82,12 @@ def opened(picture: Path | bytes) -> Iterator[Image.Image]:
 def _shrink(picture: Image.Image, at_least: int | None, max_pixels: int) -> None:
     """Has a JPEG decoded at a fraction of its size, where it may be or must be."""
     width, height = picture.size
-    if at_least is not None:
-        picture.draft(None, (at_least, at_least))
-    for part in (2, 4, 8):
-        if picture.width * picture.height > max_pixels:
-            picture.draft(None, (width // part, height // part))
+    may = 1 if at_least is None else min(width // at_least, height // at_least)
+    # one draft only: Pillow does not take a second one into account
+    part = next((p for p in (1, 2, 4, 8) if (-(-width // p)) * (-(-height // p)) <= max_pixels), 8)
+    part = max(part, next(p for p in (8, 4, 2, 1) if p <= max(may, 1)))
+    if part > 1:
+        picture.draft(None, (width // part, height // part))
     if picture.width * picture.height > max_pixels:
         raise ValueError(
             f"it has {width}x{height} pixels, more than data.max_pixels={max_pixels}; "

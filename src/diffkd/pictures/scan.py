@@ -1,7 +1,6 @@
 """Folders walked once, and an account of what in them is no picture."""
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -123,13 +122,32 @@ def _unfit(entry: os.DirEntry[str]) -> str | None:
     return "not regular files" if Path(entry.path).exists() else "links to nowhere"
 
 
-def is_regular(path: str) -> bool | None:
-    """Whether a path leads to a regular file; None if to nothing.
+class RegularFiles:
+    """Answers which paths lead to regular files; every folder is listed once.
 
-    >>> is_regular("nowhere.png"), is_regular("/")
-    (None, False)
+    Args:
+        folder: where relative paths begin.
+
+    >>> "nowhere.png" in RegularFiles(Path("."))
+    False
     """
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 - a Path for each of a million takes seconds
-    except (OSError, ValueError):
-        return None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._names: dict[str, frozenset[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        where, _, name = path.rpartition("/")
+        if path[:1] == "/":
+            where = where or "/"
+        names = self._names.get(where)
+        if names is None:
+            names = self._names[where] = self._list(where)
+        return name in names
+
+    def _list(self, where: str) -> frozenset[str]:
+        try:
+            with os.scandir(self.folder / where) as entries:
+                return frozenset(entry.name for entry in entries if entry.is_file())
+        except (OSError, ValueError):
+            return frozenset()
