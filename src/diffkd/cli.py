@@ -26,6 +26,8 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, nested by dots: trainer.epochs=5 seed=1"),
 ]
 
+RunFolderName = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a student's folder.")]
+
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -79,6 +81,44 @@ def evaluate(run: Annotated[str, typer.Argument(metavar="RUN", help="A run folde
 
     for line in evaluate_run(run):
         print(line)
+
+
+@app.command()
+def predict(
+    run: RunFolderName,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PICTURES... [output=FOLDER] [top=5] [threshold=0.3]", help="Files, folders, patterns."
+        ),
+    ],
+) -> None:
+    """Let a run's student answer for pictures: classes, label maps or boxes."""
+    from diffkd.use.predict import predict_words
+
+    unreadable = predict_words(run, words)
+    for line in unreadable:
+        print(line, file=sys.stderr)
+    if unreadable:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: RunFolderName,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="to=onnx|torch_export|torchscript|safetensors|timm [KEY=VALUE]...",
+            help="output, with_preparation, dynamic_batch, dynamic_size, opset, quantize=int8, verify=full",
+        ),
+    ] = None,
+) -> None:
+    """Write a run's student for another runtime, and prove that it answers alike."""
+    from diffkd.use.export import ExportOptions
+    from diffkd.use.export import export as write
+
+    write(run, ExportOptions.parse(options or []))
 
 
 @app.command()

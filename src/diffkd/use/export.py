@@ -1,0 +1,332 @@
+"""The student alone in a format that other runtimes read, checked against the eager model on the spot."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from diffkd import __version__
+from diffkd.assembly import Parts, Side, assemble, evaluate
+from diffkd.errors import UserError, nearest
+from diffkd.maths.randomness import seed_everything
+from diffkd.recipe.schema import load
+from diffkd.use.runtime import Onnx, needs, write_onnx
+from diffkd.use.student import Student, load_student, student_folder
+
+Format = Literal["onnx", "torch_export", "torchscript", "safetensors", "timm"]
+SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".torchscript"}
+TOLERANCE = 1e-4
+Runtime = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is wanted of an export.
+
+    Attributes:
+        to: the format.
+        output: the file or folder; None is a place in the run folder's `export/`.
+        with_preparation: normalisation is in the model, which then takes uint8 pictures.
+        dynamic_batch: any number of pictures at once.
+        dynamic_size: pictures of any size, where the model allows it.
+        opset: of ONNX; None leaves it to the exporter.
+        quantize: "int8" writes an ONNX model of 8-bit weights and activations beside the other.
+        verify: "sample" compares outputs on a few test pictures; "full" also measures the test data.
+
+    Raises:
+        UserError: an option is unknown or does not go with another.
+    """
+
+    to: Format = "onnx"
+    output: str | None = None
+    with_preparation: bool = False
+    dynamic_batch: bool = True
+    dynamic_size: bool = False
+    opset: int | None = None
+    quantize: Literal["int8"] | None = None
+    verify: Literal["sample", "full"] = "sample"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("to", Format), ("verify", Literal["sample", "full"])):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise UserError(f"{name}={value}: unknown{nearest(str(value), get_args(kind))}")
+        if self.quantize not in (None, "int8"):
+            raise UserError(f"quantize={self.quantize}: only int8 is known")
+        if self.quantize and self.to != "onnx":
+            raise UserError("quantize=int8 needs to=onnx")
+        if self.with_preparation and self.to in ("safetensors", "timm"):
+            raise UserError(
+                f"with_preparation=true: to={self.to} holds weights alone; use onnx or torch_export"
+            )
+
+    @classmethod
+    def parse(cls, words: list[str]) -> "ExportOptions":
+        """From `key=value` words.
+
+        Raises:
+            UserError: a word is no such pair, or its key or value is unknown.
+
+        >>> ExportOptions.parse(["to=torch_export", "with_preparation=true"]).with_preparation
+        True
+        """
+        known = {f.name: f for f in fields(cls)}
+        found: dict[str, Any] = {}
+        for word in words:
+            key, equals, text = word.partition("=")
+            if not equals or key not in known:
+                raise UserError(f"command line: '{word}'{nearest(key, known)}")
+            found[key] = _value(key, text)
+        return cls(**found)
+
+
+def _value(key: str, text: str) -> Any:
+    if key in ("with_preparation", "dynamic_batch", "dynamic_size"):
+        if text not in ("true", "false"):
+            raise UserError(f"{key}={text}: needs true or false")
+        return text == "true"
+    if key == "opset":
+        if not text.isdigit():
+            raise UserError(f"opset={text}: needs a number, such as 18")
+        return int(text)
+    return None if text in ("", "none", "null") else text
+
+
+class Deployed(nn.Module):
+    """What is exported: the student, its normalisation in front of it on request, one tensor behind it.
+
+    Args:
+        student: of a run.
+        with_preparation: takes uint8 `(B, C, H, W)` and normalises; else takes normalised pictures.
+    """
+
+    def __init__(self, student: Student, with_preparation: bool) -> None:
+        super().__init__()
+        self.model = student.model
+        self.preparation = student.prepare if with_preparation else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores of pictures: `(B, K)`, or `(B, K, h, w)` of every position."""
+        output = self.model(self.preparation(images))
+        for key in ("logits", "out"):
+            if isinstance(output, Mapping) and key in output:
+                output = output[key]
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"the model gives {type(output).__name__}, not class scores: "
+                "only its weights can be exported, to=safetensors"
+            )
+        return output
+
+
+def export(run: str, options: ExportOptions, say: Callable[[str], None] = print) -> Path:
+    """Writes a run's student in another format and proves that it gives the same answers.
+
+    Args:
+        run: a run folder, or a student's folder.
+        options: what is wanted.
+        say: is told, a line each, what was written and how far its answers are from the eager model's.
+
+    Returns:
+        The file or folder written.
+
+    Raises:
+        UserError: the model cannot be exported so, or its answers differ; nothing is left behind then.
+    """
+    folder, student = student_folder(run), load_student(run)
+    needs(options.to)
+    place = _place(run, folder, options)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if options.to in ("safetensors", "timm"):
+        made = _copy(folder, place) if options.to == "safetensors" else _for_timm(folder, student, place)
+        say(f"written: {made}")
+        return made
+    parts = _parts(run)
+    module = Deployed(student, options.with_preparation).eval()
+    images = _examples(student, parts, options.with_preparation)
+    partial = place.with_name(f"writing-{place.name}")
+    try:
+        runtime = _write(module, images, partial, options)
+        far = _distance(module, runtime, images)
+        if not far <= TOLERANCE:
+            raise UserError(
+                f"{options.to}: answers differ by {far:.2g} from the eager model's; nothing is written"
+            )
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
+    whose = "test pictures" if parts is not None else "random pictures (no run folder, no data)"
+    say(f"written: {place} (answers within {far:.1g} of the eager model's on {len(images)} {whose})")
+    _describe(place, student, options)
+    _measure(place, student, parts, options, say)
+    return place
+
+
+def _place(run: str, folder: Path, options: ExportOptions) -> Path:
+    if options.output is not None:
+        return Path(options.output)
+    name = f"student{SUFFIX.get(options.to, '-' + options.to)}"
+    return (Path(run) if folder.name == "student" else folder) / "export" / name
+
+
+def _parts(run: str) -> Parts | None:
+    """What the run was made of, where there is a run folder."""
+    recipe = Path(run) / "recipe.yaml"
+    if not recipe.is_file():
+        return None
+    wanted = load(str(recipe))
+    seed_everything(wanted.seed)
+    return assemble(wanted, with_teacher=False)
+
+
+def _examples(student: Student, parts: Parts | None, raw: bool) -> Tensor:
+    """A few pictures as the exported model takes them."""
+    if parts is not None:
+        images = parts.sample(8).images
+    else:
+        shape = student.config.get("input_shape") or student.config["image_shape"]
+        images = torch.randint(0, 256, (8, *shape), dtype=torch.uint8)
+    if isinstance(images, list):
+        images = torch.stack([images[0]])
+    if raw:
+        return images if not images.is_floating_point() else (images * 255).round().to(torch.uint8)
+    return student.prepare(images)  # type: ignore[no-any-return]
+
+
+def _write(module: Deployed, images: Tensor, place: Path, options: ExportOptions) -> Runtime:
+    """Writes the file, and gives what runs it."""
+    auto = torch.export.Dim.AUTO
+    dynamic = ({0: auto} if options.dynamic_batch else {}) | (
+        {2: auto, 3: auto} if options.dynamic_size else {}
+    )
+    try:
+        with torch.no_grad():
+            if options.to == "onnx":
+                write_onnx(module, images, place, dynamic, options.opset)
+                return Onnx(place)
+            if options.to == "torchscript":
+                torch.jit.save(torch.jit.trace(module, images, check_trace=False), place)  # type: ignore[no-untyped-call]
+                return torch.jit.load(place)  # type: ignore[no-any-return,no-untyped-call]
+            program = torch.export.export(module, (images,), dynamic_shapes=(dynamic or None,))
+            with place.open("wb") as file:
+                torch.export.save(program, file)
+            with place.open("rb") as file:
+                loaded: Runtime = torch.export.load(file).module()
+            return loaded
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"to={options.to}: this model cannot be exported: {reason}") from error
+
+
+@torch.no_grad()
+def _distance(module: nn.Module, runtime: Runtime, images: Tensor) -> float:
+    return float((module(images) - runtime(images)).abs().max())
+
+
+def _describe(place: Path, student: Student, options: ExportOptions) -> None:
+    """Classes, preparation and figures beside the file, for whoever gets it."""
+    told = {
+        **student.config,
+        "diffkd": __version__,
+        "input": "uint8 (B, C, H, W)" if options.with_preparation else "normalised float (B, C, H, W)",
+    }
+    place.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+class _Runtime(nn.Module):
+    """An exported file in the model's place."""
+
+    def __init__(self, run: Runtime) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores of pictures."""
+        return self.run(images)
+
+
+def _measure(
+    place: Path, student: Student, parts: Parts | None, options: ExportOptions, say: Callable[[str], None]
+) -> None:
+    """The figures that are asked for, on the run's test data."""
+    if parts is None:
+        if options.verify == "full" or options.quantize:
+            raise UserError("verify=full and quantize=int8 need the run folder, for its data")
+        return
+    metric = parts.task.metric
+    recorded = student.config.get("figures", {}).get(metric)
+    if options.verify == "full":
+        figure = _figure(_loaded(place, options), student, parts, options)
+        say(f"{metric} of the exported model: {100 * figure:.2f} % (recorded: {100 * recorded:.2f} %)")
+        if recorded is not None and abs(figure - recorded) > 1e-3:
+            raise UserError(f"the exported model's {metric} is {figure:.4f}, the run recorded {recorded:.4f}")
+    if options.quantize:
+        from diffkd.use.runtime import quantize
+
+        small = place.with_name(f"{place.stem}-int8.onnx")
+        loader = parts.loader(parts.data.train, shuffle=True)
+        batch = next(iter(loader.epoch()))
+        images = batch.images if isinstance(batch.images, Tensor) else torch.stack([batch.images[0]])
+        quantize(place, small, images if options.with_preparation else student.prepare(images))
+        figure = _figure(Onnx(small), student, parts, options)
+        beside = "" if recorded is None else f" (float: {100 * recorded:.2f} %)"
+        share = small.stat().st_size / place.stat().st_size
+        say(f"written: {small} ({share:.2f} of the size; {metric} {100 * figure:.2f} %{beside})")
+
+
+def _loaded(place: Path, options: ExportOptions) -> Runtime:
+    if options.to == "onnx":
+        return Onnx(place)
+    if options.to == "torchscript":
+        return torch.jit.load(place)  # type: ignore[no-any-return,no-untyped-call]
+    found: Runtime = torch.export.load(place).module()
+    return found
+
+
+def _figure(runtime: Runtime, student: Student, parts: Parts, options: ExportOptions) -> float:
+    prepare: Any = nn.Identity() if options.with_preparation else student.prepare
+    side = Side(student.config["model"], _Runtime(runtime), prepare)
+    loader = parts.loader(parts.data.test, shuffle=False)
+    return evaluate(side, parts.task, loader).scalars[parts.task.metric]
+
+
+def _copy(folder: Path, place: Path) -> Path:
+    """The weights and their description."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(folder / name, place / name)
+    return place
+
+
+def _for_timm(folder: Path, student: Student, place: Path) -> Path:
+    """A folder that `timm.create_model("local-dir:FOLDER")` loads."""
+    name = student.config["model"]
+    if not name.startswith("timm/"):
+        raise UserError(f"to=timm: '{name}' is not one of timm's models; use to=safetensors")
+    place.mkdir(parents=True, exist_ok=True)
+    view, config = student.view, student.config
+    size = config.get("size") or view.size or config["image_shape"][1:]
+    told = {
+        "architecture": name.removeprefix("timm/").partition(".")[0],
+        "num_classes": config["num_classes"],
+        "label_names": list(student.class_names),
+        "model_args": config.get("options") or {},
+        "pretrained_cfg": {
+            "input_size": [len(config["mean"]), *size],
+            "interpolation": view.interpolation,
+            "crop_pct": view.crop_fraction,
+            "mean": config["mean"],
+            "std": config["std"],
+            "num_classes": config["num_classes"],
+        },
+    }
+    (place / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(folder / "model.safetensors", place / "model.safetensors")
+    return place
