@@ -1,0 +1,285 @@
+"""A student's answers for picture files: tables, label maps, boxes drawn."""
+
+import csv
+import glob
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
+
+from diffkd.errors import UserError
+from diffkd.pictures.files import decode
+from diffkd.pictures.scan import Scan
+from diffkd.runs.console import Reporter
+from diffkd.runs.folder import write_atomically
+from diffkd.tasks.classification import Classification
+from diffkd.tasks.detection import Detection
+from diffkd.tasks.segmentation import Segmentation
+from diffkd.use.colours import palette
+from diffkd.use.student import Student, load_student
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What `predict` did.
+
+    Attributes:
+        rows: an answer per picture, as plain values.
+        unreadable: pictures that could not be read, and why.
+        output: the folder with all that was written.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    unreadable: tuple[str, ...]
+    output: Path
+
+
+def find_pictures(words: Sequence[str]) -> list[Path]:
+    """Files, all pictures beneath folders, and what patterns such as `photos/*.jpg` stand for.
+
+    Raises:
+        UserError: a word stands for no picture.
+    """
+    found: dict[Path, None] = {}
+    for word in words:
+        place = Path(word).expanduser()
+        if place.is_dir():
+            pictures = [place / path for path in Scan(place).pictures("")]
+        else:
+            pictures = [place] if place.exists() else [Path(p) for p in sorted(glob.glob(str(place)))]  # noqa: PTH207
+        if not pictures:
+            raise UserError(f"'{word}': no such picture, nor a folder with pictures")
+        found |= dict.fromkeys(pictures)
+    return list(found)
+
+
+def predict(
+    run: str, words: Sequence[str], output: str | None = None, top: int = 5, threshold: float = 0.3
+) -> Predicted:
+    """Answers of a run's student for picture files, prepared just as its test data was.
+
+    Writes `predictions.json` and, by task: classification `predictions.csv`; segmentation a label map and
+    an overlay for each picture; detection `predictions.json` in COCO's format and pictures with their boxes.
+
+    Args:
+        run: a run folder, or a student's.
+        words: files, folders, patterns.
+        output: the folder to write to; None is `predictions/` in the run folder.
+        top: classes to name for each picture (classification).
+        threshold: least score of a box that is drawn (detection); all of them are written.
+
+    Raises:
+        UserError: there is no such student or picture, or the folder cannot be written to.
+    """
+    student = load_student(run)
+    places = find_pictures(words)
+    folder = Path(output or Path(run) / "predictions")
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write = _writer(student, folder, top, threshold)
+    rows: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    reporter = Reporter(what="pictures")
+    with reporter.bar(len(places)) as bar:
+        for found in _batches(student.to(device), places, unreadable):
+            answers = student.predict([image for _, image, _ in found])
+            for (place, image, size), answer in zip(found, _each(student, answers), strict=True):
+                rows.append({"picture": str(place), **write(place, image, size, answer)})
+            bar.step(len(found), len(found))
+            bar.show("", {})
+    _finish(student, folder, rows)
+    return Predicted(tuple(rows), tuple(unreadable), folder)
+
+
+def predict_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
+    """`predict` with a command line's words; prints what was written, and gives what could not be read.
+
+    Raises:
+        UserError: an option's value cannot be understood.
+    """
+    options: dict[str, str] = {}
+    pictures = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in ("output", "top", "threshold"):
+            options[key] = value
+        else:
+            pictures.append(word)
+    try:
+        top, threshold = int(options.get("top", "5")), float(options.get("threshold", "0.3"))
+    except ValueError:
+        raise UserError("top=5 and threshold=0.3 need numbers") from None
+    if not pictures:
+        raise UserError("name pictures: files, folders or patterns")
+    done = predict(run, pictures, options.get("output"), top, threshold)
+    for row in done.rows[:10]:
+        if "class" in row:
+            print(f"{row['picture']}: {row['class']} ({100 * row['probability']:.1f} %)")
+    print(f"{len(done.rows)} pictures, {len(done.unreadable)} unreadable: {done.output}")
+    return done.unreadable
+
+
+Read = tuple[Path, Tensor, tuple[int, int]]
+
+
+def _batches(student: Student, places: Sequence[Path], unreadable: list[str]) -> Iterator[list[Read]]:
+    """Pictures as the model sees them, with the sizes `(H, W)` of the originals."""
+    waiting: list[Read] = []
+    for place in places:
+        try:
+            picture = decode(place, str(place))
+        except UserError as error:
+            unreadable.append(str(error))
+            continue
+        waiting.append((place, student.view(picture), (picture.height, picture.width)))
+        if len(waiting) == BATCH:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _each(student: Student, answers: Any) -> list[Any]:
+    """The task's answers, one per picture."""
+    if isinstance(student.task, Segmentation):
+        return list(student.task.answers(answers))
+    return list(answers)
+
+
+def _writer(student: Student, folder: Path, top: int, threshold: float) -> Callable[..., dict[str, Any]]:
+    names = student.class_names
+    if isinstance(student.task, Classification):
+        return lambda place, image, size, scores: _classes(scores, names, top)
+    if isinstance(student.task, Segmentation):
+        return lambda place, image, size, labels: _map(folder, place, image, labels, names)
+    if isinstance(student.task, Detection):
+        return lambda place, image, size, found: _boxes(folder, place, image, size, found, names, threshold)
+    return lambda place, image, size, answer: {"answer": _plain(answer)}
+
+
+def _classes(scores: Tensor, names: Sequence[str], top: int) -> dict[str, Any]:
+    shares, order = scores.float().softmax(0).sort(descending=True)
+    best = [
+        {"class": names[i], "probability": round(p, 6)}
+        for i, p in zip(order[:top].tolist(), shares[:top].tolist(), strict=True)
+    ]
+    return {"class": best[0]["class"], "probability": best[0]["probability"], "top": best}
+
+
+def _map(folder: Path, place: Path, image: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """Writes the label map (value i is class i) and the picture under its colours."""
+    labels = labels.cpu().to(torch.uint8)
+    colours = palette(len(names))
+    mask, overlay = (folder / f"{_name(place)}-{what}.png" for what in ("labels", "overlay"))
+    plain = Image.fromarray(labels.numpy(), mode="P")
+    plain.putpalette(colours.flatten().tolist())
+    write_atomically(mask, lambda partial: plain.save(partial, format="png"))
+    shown = image.cpu() if len(image) == 3 else image.cpu().expand(3, -1, -1)
+    mixed = (0.5 * shown.float() + 0.5 * colours[labels.long()].permute(2, 0, 1).float()).to(torch.uint8)
+    _save(mixed, overlay)
+    share = labels.flatten().bincount(minlength=len(names)).double() / labels.numel()
+    shares = {name: round(s, 6) for name, s in zip(names, share.tolist(), strict=True) if s > 0}
+    return {"labels": mask.name, "overlay": overlay.name, "shares": shares}
+
+
+def _boxes(
+    folder: Path,
+    place: Path,
+    image: Tensor,
+    size: tuple[int, int],
+    found: dict[str, Tensor],
+    names: Sequence[str],
+    threshold: float,
+) -> dict[str, Any]:
+    """Writes the picture with its boxes; boxes are in pixels of the original."""
+    height, width = size
+    scale = torch.tensor([width, height, width, height]) / torch.tensor([*image.shape[:0:-1]] * 2)
+    boxes, scores, labels = (found[key].cpu() for key in ("boxes", "scores", "labels"))
+    drawn = scores >= threshold
+    colours = palette(len(names) + 1)[1:]
+    shown = draw_bounding_boxes(
+        image.cpu() if len(image) == 3 else image.cpu().expand(3, -1, -1),
+        boxes[drawn],
+        [f"{names[label]} {score:.2f}" for label, score in zip(labels[drawn], scores[drawn], strict=True)],
+        [tuple(colours[label].tolist()) for label in labels[drawn]],
+        width=2,
+    )
+    picture = folder / f"{_name(place)}-boxes.png"
+    _save(shown, picture)
+    whole = (boxes * scale).tolist()
+    answers = [
+        {"box": [round(edge, 2) for edge in box], "class": names[label], "score": round(score, 6)}
+        for box, label, score in zip(whole, labels.tolist(), scores.tolist(), strict=True)
+    ]
+    return {"boxes": answers, "picture with boxes": picture.name, "height": height, "width": width}
+
+
+def _finish(student: Student, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    content: Any = list(rows)
+    if isinstance(student.task, Detection):
+        content = _coco(rows, student.class_names)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / "predictions.json", lambda place: place.write_text(text, encoding="utf-8"))
+    if isinstance(student.task, Classification):
+        write_atomically(folder / "predictions.csv", lambda place: _table(place, rows))
+
+
+def _table(place: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with place.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        most = max((len(row["top"]) for row in rows), default=0)
+        ranks = [f"{what}_{i + 1}" for i in range(most) for what in ("class", "probability")]
+        writer.writerow(["picture", *ranks])
+        for row in rows:
+            writer.writerow([row["picture"], *(value for best in row["top"] for value in best.values())])
+
+
+def _coco(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Boxes in COCO's format: left, top, width, height; categories from 1."""
+    number = {name: i + 1 for i, name in enumerate(names)}
+    pictures: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+    for i, row in enumerate(rows):
+        pictures.append(
+            {"id": i, "file_name": row["picture"], "height": row["height"], "width": row["width"]}
+        )
+        for found in row["boxes"]:
+            left, top, right, bottom = found["box"]
+            boxes.append(
+                {
+                    "id": len(boxes) + 1,
+                    "image_id": i,
+                    "category_id": number[found["class"]],
+                    "bbox": [left, top, round(right - left, 2), round(bottom - top, 2)],
+                    "score": found["score"],
+                }
+            )
+    categories = [{"id": i, "name": name} for name, i in number.items()]
+    return {"images": pictures, "categories": categories, "annotations": boxes}
+
+
+def _name(place: Path) -> str:
+    """A file's name for what is written about it: pictures of one name in two folders stay apart."""
+    parts = [part for part in place.with_suffix("").parts if part not in (place.anchor, "..")]
+    return "-".join(parts[-2:])
+
+
+def _save(picture: Tensor, place: Path) -> None:
+    shown = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    write_atomically(place, lambda partial: shown.save(partial, format="png"))
+
+
+def _plain(answer: Any) -> Any:
+    if isinstance(answer, Tensor):
+        return answer.tolist()
+    if isinstance(answer, dict):
+        return {key: _plain(value) for key, value in answer.items()}
+    return [_plain(value) for value in answer] if isinstance(answer, list | tuple) else answer

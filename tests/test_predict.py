@@ -1,0 +1,93 @@
+"""A student answers for pictures: tables, label maps, boxes."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffkd import load_student
+from diffkd.recipe.schema import load
+from diffkd.runs.console import Reporter
+from diffkd.training.fit import fit
+
+SMALL = ["trainer.max_steps=2", "method=none", "teacher=null", "data.workers=0", "trainer.accelerator=cpu"]
+
+
+def trained(place, recipe, *words):
+    """A run of two steps, for the form of its answers and not for their worth."""
+    fit(load(recipe, [*SMALL, f"output={place}", *words]), Reporter(progress=False))
+    return place
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two pictures in a folder, of different sizes."""
+    (tmp_path / "photos").mkdir()
+    for name, size in (("a.png", (40, 30)), ("b.jpg", (64, 64))):
+        Image.effect_noise(size, 80).convert("RGB").save(tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+def test_classes_of_pictures(diffkd, pictures, tmp_path):
+    run = trained(tmp_path / "run", "digits-8x8")
+    status, out, err = diffkd("predict", run, pictures, "top=3", "output=found")
+    assert (status, err) == (0, ""), err
+    assert "2 pictures, 0 unreadable" in out
+    rows = json.loads((tmp_path / "found/predictions.json").read_text())
+    student = load_student(run)
+    for row in rows:
+        scores = student.predict([student.read(row["picture"])])[0].softmax(0)
+        assert row["class"] == str(int(scores.argmax()))
+        assert row["probability"] == pytest.approx(float(scores.max()), abs=1e-5)
+    table = list(csv.DictReader((tmp_path / "found/predictions.csv").open()))
+    assert [row["class_1"] for row in table] == [row["class"] for row in rows]
+    assert set(table[0]) == {"picture"} | {f"{w}_{i}" for w in ("class", "probability") for i in (1, 2, 3)}
+
+
+def test_an_unreadable_picture_is_named_and_left_out(diffkd, pictures, tmp_path):
+    run = trained(tmp_path / "run", "digits-8x8")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    status, out, err = diffkd("predict", run, pictures / "*", "output=found")
+    assert status == 1
+    assert "broken.png" in err
+    assert err.count("\n") == 1
+    assert "2 pictures, 1 unreadable" in out
+    status, _, err = diffkd("predict", run, "nowhere")
+    assert (status, "'nowhere': no such picture" in err) == (2, True)
+
+
+def test_label_maps_of_pictures(diffkd, pictures, tmp_path):
+    words = ["data=digit_scenes", "data.kind=segmentation", "data.train_scenes=16", "data.test_scenes=2"]
+    run = trained(tmp_path / "run", "masks", *words, "data.batch_size=8", "student=simple/unet4")
+    status, _, err = diffkd("predict", run, pictures, "output=found")
+    assert status == 0, err
+    student = load_student(run)
+    for row in json.loads((tmp_path / "found/predictions.json").read_text()):
+        image = student.read(row["picture"])
+        expected = student.predict([image])[0].argmax(0)
+        found = np.asarray(Image.open(tmp_path / "found" / row["labels"]))
+        assert torch.equal(torch.from_numpy(found.copy()).long(), expected)
+        assert Image.open(tmp_path / "found" / row["overlay"]).size == Image.open(row["picture"]).size
+        assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_boxes_of_pictures(diffkd, pictures, tmp_path):
+    words = ["data.train_scenes=8", "data.test_scenes=2", "data.batch_size=4"]
+    run = trained(tmp_path / "run", "digit-scenes-detection", *words)
+    status, _, err = diffkd("predict", run, pictures, "output=found", "threshold=0.0")
+    assert status == 0, err
+    found = json.loads((tmp_path / "found/predictions.json").read_text())
+    assert [image["file_name"] for image in found["images"]] == [
+        str(pictures / n) for n in ("a.png", "b.jpg")
+    ]
+    sizes = {image["id"]: (image["width"], image["height"]) for image in found["images"]}
+    assert sizes == {0: (40, 30), 1: (64, 64)}
+    for box in found["annotations"]:
+        left, top, width, height = box["bbox"]
+        assert min(left, top, width, height) >= 0
+        assert left + width <= sizes[box["image_id"]][0] + 0.1
+        assert top + height <= sizes[box["image_id"]][1] + 0.1
+    assert (tmp_path / "found/photos-a-boxes.png").is_file()
