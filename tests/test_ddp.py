@@ -1,5 +1,8 @@
-"""Two processes give the gradients of one with the double batch."""
+"""Two processes: the gradients of one with the whole batch, one student, one line for an error."""
 
+import time
+
+import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import nn
@@ -18,10 +21,11 @@ def build():
     )
     images = torch.rand(8, 3, 8, 8).double()
     targets = torch.arange(8) % 5
-    data = Data([], [], 5, (3, 8, 8))
-    distiller = Distiller(student, teacher, {"0": "0", "": ""}, {"diffkd": {"num_steps": 2}}, images)
+    methods = {"diffkd": {"num_steps": 2}}
+    task = Classification(Data([], [], 5, (3, 8, 8)))
+    distiller = Distiller(student, teacher, {"0": "0", "": ""}, methods, images, task=task)
     # Statistics of half a batch differ from those of the whole: BatchNorm aside.
-    step = Step(distiller, Classification(data), 1.0).eval().double()
+    step = Step(distiller, 1.0).eval().double()
     return step, images, targets
 
 
@@ -74,3 +78,51 @@ def test_a_run_on_two_processes_ends_with_one_student(tiny, diffkd, tmp_path):
     status, out, err = diffkd("evaluate", "a")
     assert status == 0, err
     assert "as recorded" in out
+
+
+# A model that gets one of two processes into trouble in its third training step.
+TROUBLE = """
+import os, resource, signal
+from torch import nn
+from diffkd.errors import UserError
+
+class Net(nn.Sequential):
+    steps = 0
+
+    def forward(self, images):
+        Net.steps += self.training
+        kind, rank = os.environ["TROUBLE"].split(":")
+        if self.training and Net.steps == 3 and os.environ.get("LOCAL_RANK", "0") == rank:
+            if kind == "picture":
+                raise UserError("picture 'cat/7.png' cannot be read")
+            if kind == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "bug":
+                raise TypeError("a mistake in one's own code")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        return super().forward(images)
+
+def net(num_classes):
+    return Net(nn.Flatten(), nn.Linear(64, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status", "line"),
+    [
+        ("picture:1", 2, "error: picture 'cat/7.png' cannot be read"),
+        ("full:0", 2, "error: checkpoint of step 4 cannot be written"),
+        ("killed:1", 2, "error: another process of this run has ended"),
+        ("bug:1", 1, "TypeError: a mistake in one's own code"),
+    ],
+)
+def test_trouble_in_one_of_two_processes_ends_both_with_one_line(tiny, tmp_path, trouble, status, line):
+    (tmp_path / "trouble.py").write_text(TROUBLE)
+    words = ("trainer.devices=2", "student=trouble.py:net", "method=none", "trainer.save_every=4", "output=a")
+    started = time.monotonic()
+    process = start("distill", tiny, *words, cwd=tmp_path, TROUBLE=trouble)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    assert err.count(line) == 1, err
+    assert err.count("Traceback") == (1 if trouble.startswith("bug") else 0), err
+    assert time.monotonic() - started < 100  # the start of two processes included

@@ -46,7 +46,7 @@ class DataRecipe(OpenSection):
     root: str | None = None
     batch_size: Count = 64
     eval_batch_size: Count | None = None
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=1024)] = 2
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
 

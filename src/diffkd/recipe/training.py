@@ -136,7 +136,7 @@ class TrainerRecipe(Section):
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     devices: Literal["auto"] | Count = "auto"
     num_nodes: Count = 1
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp"] = "auto"
     clip_grad_norm: Positive | None = None
     accumulate: Count = 1
     channels_last: bool = False
@@ -145,7 +145,7 @@ class TrainerRecipe(Section):
     log_every: Count = 10
     save_every: Count | None = None
     max_steps: Count | None = None
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     progress: bool = True
 
     @model_validator(mode="before")

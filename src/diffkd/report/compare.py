@@ -27,6 +27,7 @@ from diffkd.report.summary import finish, percent
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder, saying_where, write_atomically
 from diffkd.runs.places import check_folder, check_identity
+from diffkd.training.devices import is_first
 from diffkd.training.fit import fit
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 
@@ -113,12 +114,14 @@ def compare(wanted: Wanted) -> None:
     notes = check_methods(runs)
     console = Console(highlight=False, soft_wrap=True)
     missing = [run for run in runs if not run.folder.finished]
-    if len(missing) < len(runs):
+    if len(missing) < len(runs) and is_first():
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
     if wanted.jobs == 1:
         _in_turn(missing, console)
     else:
         _side_by_side(missing, wanted.jobs, output, console)
+    if not is_first():  # the runs were everyone's; the report is the first process's
+        return
     comparison = compare_runs(base.name, _finished(runs), notes)
     write_report(comparison, output)
     Console(highlight=False, width=None if console.is_terminal else 150).print(rich_table(comparison))
@@ -196,7 +199,8 @@ def _in_turn(runs: Sequence[PlannedRun], console: Console) -> None:
             line = f"stopped in {run.label}; saved; the same command goes on"
             raise InterruptedRunError(line, error.signal) from error
         finish(run.folder, quiet=True)
-        _tell(run, console)
+        if is_first():
+            _tell(run, console)
 
 
 def _side_by_side(runs: Sequence[PlannedRun], jobs: int, output: Path, console: Console) -> None:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from diffkd.report.curves import draw_curves
 from diffkd.runs.folder import RunFolder
+from diffkd.training.devices import is_first
 
 
 def finish(folder: RunFolder, *, quiet: bool = False) -> None:
@@ -17,7 +17,7 @@ def finish(folder: RunFolder, *, quiet: bool = False) -> None:
         folder: of the run.
         quiet: prints nothing.
     """
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if not is_first():
         return
     summary = folder.read_summary()
     draw_curves(folder.read_history(), summary, folder.path / "curves.png")

@@ -1,7 +1,10 @@
 """Devices and processes: what a run is launched on, and what its first process does for all."""
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -9,20 +12,61 @@ from lightning.fabric import Fabric
 from diffkd.errors import UserError
 from diffkd.recipe.schema import Recipe
 
+T = TypeVar("T")
+
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def on_first(fabric: Fabric, check: Callable[[], None]) -> None:
-    """Runs a check in the first process; its error is every process's."""
-    said = None
+def on_first(fabric: Fabric, work: Callable[[], T]) -> T:
+    """What the first process does for all: they wait, and learn what came of it.
+
+    Args:
+        fabric: launched.
+        work: done in the first process; gives a small plain value.
+
+    Raises:
+        UserError: the first process's, in every process.
+    """
+    found: T | None = None
+    said: str | None = None
     if fabric.is_global_zero:
         try:
-            check()
+            found = work()
         except UserError as error:
             said = str(error)
-    said = fabric.broadcast(said)
+        except OSError as error:
+            said = f"{error.filename or 'output'}: {error.strerror or error}"
+    found, said = fabric.broadcast((found, said))
     if said is not None:
         raise UserError(said)
+    return found  # type: ignore[return-value]
+
+
+def is_first() -> bool:
+    """Whether this is the only process of a command, or the first of several: the one that reports."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+@contextmanager
+def in_one_line(recipe: Recipe) -> Iterator[None]:
+    """Turns what a machine runs out of into one line that says what to lower."""
+    less = f"lower data.batch_size ({recipe.data.batch_size}), or raise trainer.accumulate with it"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory on the accelerator; {less}, or try trainer.precision=bf16") from error
+    except MemoryError as error:
+        raise UserError(f"out of memory; {less}") from error
+    except RuntimeError as error:
+        line = str(error).splitlines()[0] if str(error) else ""
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            raise UserError(f"out of memory; {less}") from error
+        if line.startswith("DataLoader worker") and "killed" in line:
+            raise UserError(
+                f"a loader process was killed, as for want of memory; lower data.workers "
+                f"({recipe.data.workers})"
+            ) from error
+        raise
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
@@ -39,6 +83,10 @@ def make_fabric(recipe: Recipe) -> Fabric:
     count = available.get(wanted.accelerator)
     if count == 0:
         raise UserError(f"trainer.accelerator={wanted.accelerator}: no such device here; use auto or cpu")
+    most = max(os.cpu_count() or 1, 8)
+    on_cpu = wanted.accelerator == "cpu" or not any(available.values())
+    if on_cpu and isinstance(wanted.devices, int) and wanted.devices > most:
+        raise UserError(f"trainer.devices={wanted.devices}: more than the {most} processes that serve here")
     if count is not None and isinstance(wanted.devices, int) and wanted.devices > count:
         raise UserError(
             f"trainer.devices={wanted.devices}: there are {count} {wanted.accelerator} device(s) here"

@@ -10,7 +10,8 @@ from diffkd.recipe.schema import Recipe
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.places import check_folder, check_identity
-from diffkd.training.devices import make_fabric, on_first
+from diffkd.training.devices import in_one_line, make_fabric, on_first
+from diffkd.training.ranks import ending_together
 from diffkd.training.teacher import make_teacher
 from diffkd.training.trainer import Trainer
 
@@ -24,10 +25,13 @@ def fit(recipe: Recipe, reporter: Reporter | None = None) -> RunFolder:
     """
     reporter = reporter or Reporter(progress=recipe.trainer.progress)
     fabric = make_fabric(recipe)
-    fabric.launch()
-    reporter.active = reporter.active and fabric.is_global_zero
-    with cpu_threads(recipe.trainer.threads):
-        return _fit(recipe, fabric, reporter)
+    with ending_together(fabric), in_one_line(recipe):
+        fabric.launch()
+        reporter.active = reporter.active and fabric.is_global_zero
+        if recipe.trainer.devices == "auto" and fabric.world_size > 1:
+            reporter.note(f"devices: all {fabric.world_size} that are here; trainer.devices=1 takes one")
+        with cpu_threads(recipe.trainer.threads):
+            return _fit(recipe, fabric, reporter)
 
 
 def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:

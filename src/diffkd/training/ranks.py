@@ -1,0 +1,172 @@
+"""Several processes of one run end together: an error is said once, whichever of them met it."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from subprocess import Popen, TimeoutExpired
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch._C._distributed_c10d import TCPStore
+
+from diffkd.errors import UserError
+from diffkd.training.interrupt import InterruptedRunError
+
+LOOK = 0.5  # seconds between two looks at the others
+SILENCE = 30.0  # seconds without a sign of life after which a process counts as gone
+_GONE = "another process of this run has ended (killed, or out of memory); the last checkpoint is whole"
+_TORN = ("gloo", "nccl", "connection", "socket", "broken pipe", "tcpstore", "processgroup", "peer")
+
+_children: list["Popen[bytes]"] = []
+_runs = 0
+
+
+@contextmanager
+def ending_together(fabric: Fabric) -> Iterator[None]:
+    """Makes an error in one process the end of all.
+
+    The process that meets an error first says it; the others, which may wait for it in a collective
+    that cannot be interrupted, end without a word and with the same status. A process that is gone
+    without a word (killed) is noticed by the others. Nothing happens where there is one process.
+    """
+    count = getattr(fabric.strategy, "num_processes", 1) * getattr(fabric.strategy, "num_nodes", 1)
+    if count <= 1:
+        yield
+        return
+    watch = _Watch(fabric)
+    watch.start()
+    try:
+        yield
+    except InterruptedRunError:
+        raise
+    except BaseException as error:
+        watch.over.set()
+        words = watch.last_words(error)
+        if words is error:
+            raise
+        raise words from error
+    finally:
+        watch.over.set()
+
+
+class _Watch(threading.Thread):
+    """Looks after the other processes, beside the run.
+
+    Args:
+        fabric: launched after this thread has started.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        global _runs
+        super().__init__(daemon=True, name="diffkd-watch")
+        _runs += 1  # every process counts the same runs, so that the runs' keys do not meet
+        self.fabric, self.prefix = fabric, f"diffkd/{_runs}"
+        self.over = threading.Event()
+        self._store: Any = None
+        self._signs: dict[int, tuple[int, float]] = {}
+
+    # --- while all is well -----------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Looks, until the run is over."""
+        while not self.over.wait(LOOK):
+            try:
+                self._look()
+            except Exception:
+                # Without the first process there is no store to ask; it may also just be at its end.
+                if not self.over.wait(4 * LOOK):
+                    self._leave(_GONE, 2)
+
+    def _look(self) -> None:
+        _adopt(self.fabric)
+        if self._connected():
+            if self._store.check([self._key("end")]):
+                self._store.add(self._key("left"), 1)
+                self._leave(None, json.loads(self._store.get(self._key("end")))["status"])
+            self._check_signs()
+        if any(child.poll() for child in _children):
+            time.sleep(2 * LOOK)  # its last words may be under way
+            if self._store is None or not self._store.check([self._key("end")]):
+                self._leave(_GONE, 2)
+
+    def _connected(self) -> bool:
+        if self._store is None and torch.distributed.is_initialized():
+            address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+            if address and port:  # a connection of its own: the run's may be busy waiting
+                self._store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=10))
+        return self._store is not None
+
+    def _check_signs(self) -> None:
+        """Gives a sign of life, and looks for those of the others."""
+        rank, now = self.fabric.global_rank, time.monotonic()
+        self._store.add(self._key(f"alive/{rank}"), 1)
+        for other in range(self.fabric.world_size):
+            sign = self._store.add(self._key(f"alive/{other}"), 0)
+            before, since = self._signs.get(other, (-1, now))
+            self._signs[other] = (sign, now if sign != before else since)
+            if sign and now - self._signs[other][1] > SILENCE:
+                self._leave(_GONE, 2)
+
+    def _leave(self, line: str | None, status: int) -> None:
+        """Ends this process, wherever it waits."""
+        if self.over.is_set():
+            return
+        if line is not None and self._claimed():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        until = time.monotonic() + 10 * LOOK
+        for child in _children:  # they may have something left to say
+            with suppress(TimeoutExpired):
+                child.wait(max(until - time.monotonic(), 0))
+            with suppress(OSError):
+                child.kill()
+        os._exit(status)
+
+    # --- when it ends in an error ----------------------------------------------------------------
+
+    def last_words(self, error: BaseException) -> BaseException:
+        """Tells the others that this process ends; what it is to raise, which says nothing if they did."""
+        torn = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TORN)
+        if torn:
+            time.sleep(2 * LOOK)  # whoever tore the connection may have said why
+            error = UserError(_GONE)
+        status = 2 if isinstance(error, UserError | OSError) else 1
+        if not self._claimed():
+            return SystemExit(status)
+        if status == 2 and self.fabric.global_rank != 0:  # the command line speaks for the first process
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            error = SystemExit(status)
+        with suppress(Exception):
+            self._store.set(self._key("end"), json.dumps({"status": status}))
+            until = time.monotonic() + 10 * LOOK
+            while time.monotonic() < until:  # the first process keeps the store: it leaves last
+                if self._store.add(self._key("left"), 0) >= self.fabric.world_size - 1:
+                    break
+                time.sleep(LOOK / 5)
+        return error
+
+    def _claimed(self) -> bool:
+        """Whether this process is the first that has something to say."""
+        try:
+            return not self._connected() or self._store.add(self._key("said"), 1) == 1
+        except Exception:
+            return True
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}"
+
+
+def _adopt(fabric: Fabric) -> None:
+    """Takes over the processes that Fabric started, which it would kill without a word."""
+    for process in getattr(getattr(fabric.strategy, "launcher", None), "procs", ()):
+        if process not in _children:
+            _children.append(process)
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
