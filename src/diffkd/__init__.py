@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffkd.methods.base import Method, Setup
     from diffkd.methods.diffkd import DiffKD
     from diffkd.tasks.base import Figures, Task
+    from diffkd.use.run import Run, distill, train
     from diffkd.use.student import load_student
 
 # Loaded on first use, so that the command line answers before PyTorch is imported.
@@ -26,7 +27,10 @@ _HOMES = {
     "Setup": "methods.base",
     "Task": "tasks.base",
     "UserError": "errors",
+    "Run": "use.run",
+    "distill": "use.run",
     "load_student": "use.student",
+    "train": "use.run",
 }
 
 __all__ = [
@@ -36,11 +40,14 @@ __all__ = [
     "Distiller",
     "Figures",
     "Method",
+    "Run",
     "Setup",
     "Task",
     "UserError",
     "__version__",
+    "distill",
     "load_student",
+    "train",
 ]
 
 

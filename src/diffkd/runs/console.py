@@ -43,6 +43,7 @@ class Reporter:
         self.told = set() if told is None else told
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.log: Callable[[str], None] | None = None
+        self.on_row: Callable[[Mapping[str, float]], None] | None = None
         self._bar, self._what = active and progress and sys.stderr.isatty(), f"{what} " if what else ""
 
     def note(self, line: str) -> None:
@@ -66,6 +67,12 @@ class Reporter:
         """Writes a line to the log; the terminal sees it only where a bar does not stand for it."""
         if self.active and self.log is not None:
             self.log(line)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """A row of figures is whole: writes it to the log, and tells whoever wants to know."""
+        self.record(" ".join(f"{k}={v:.5g}" for k, v in row.items()))
+        if self.active and self.on_row is not None:
+            self.on_row(row)
 
     def silent(self, what: str) -> "Reporter":
         """Another reporter that keeps its notes to its log, and whose bar begins with `what`."""

@@ -263,7 +263,7 @@ class Trainer:
         if self.fabric.is_global_zero:
             self.folder.append_history(place.history)
             self.logger.log_metrics({f"epoch/{k}": v for k, v in row.items()}, place.step)
-            self.reporter.record(" ".join(f"{k}={v:.5g}" for k, v in row.items()))
+            self.reporter.row(row)
 
     def _validate(self) -> Figures:
         if self.fabric.world_size > 1:
