@@ -71,6 +71,26 @@ def test_mask2former_gives_class_scores_per_position():
     scores.mean().backward()
 
 
+def test_weights_of_an_encoder_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    for name, source, option in (
+        ("smp/unet:tu-mobilenetv3_small_050", "timm/mobilenetv3_small_050", "encoder_weights"),
+        ("smp/unet:tu-convnext_atto", "timm/convnext_atto", "encoder_weights"),
+        ("torchvision/fcn_resnet50", "torchvision/resnet50", "backbone_weights"),
+    ):
+        torch.save(build(source).state_dict(), tmp_path / "weights.pth")
+        net = build(name, **{option: str(tmp_path / "weights.pth")})
+        part = net.encoder if option == "encoder_weights" else net.backbone
+        found = torch.load(tmp_path / "weights.pth")
+        for key, value in part.state_dict().items():
+            plain = next(
+                k for k in found if k.replace(".", "_") == key.removeprefix("model.").replace(".", "_")
+            )
+            assert torch.equal(found[plain], value), key
+    with pytest.raises(UserError, match=r"backbone 'resnet18': .* lacks \d+ of its \d+ tensors"):
+        build("smp/unet:resnet18", encoder_weights=str(tmp_path / "weights.pth"))
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

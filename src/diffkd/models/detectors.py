@@ -19,7 +19,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from diffkd.errors import UserError, nearest
-from diffkd.models.weights import read_weights
+from diffkd.models.weights import load_backbone
 
 STRIDES = (4, 8, 16, 32)  # of a backbone's maps that pyramids are built on: P2 to P5
 
@@ -163,23 +163,8 @@ def _body(name: str, first: int, weights: str | None) -> tuple[nn.Module, list[i
         reason = str(error).partition("\n")[0]
         raise UserError(f"backbone '{name}' cannot serve a pyramid: {reason}") from error
     if weights not in (None, "pretrained"):
-        _load_backbone(body, name, str(weights))
+        load_backbone(body, str(weights), name)
     return body, [widths[i] for i in wanted], [strides[i] for i in wanted]
-
-
-def _load_backbone(body: nn.Module, name: str, weights: str) -> None:
-    """Weights of a file, whose classifier has no place in a backbone."""
-    found, _ = read_weights(weights)
-    flat = {key.replace(".", "_", 1) if key not in body.state_dict() else key: v for key, v in found.items()}
-    ours = body.state_dict()
-    fits = {k: v for k, v in flat.items() if k in ours and v.shape == ours[k].shape}
-    missing = [k for k in ours if k not in fits and not k.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(
-            f"backbone '{name}': '{weights}' lacks {len(missing)} of its {len(ours)} tensors, such as "
-            f"'{missing[0]}'"
-        )
-    body.load_state_dict(fits, strict=False)
 
 
 class _Coarser(detection.backbone_utils.ExtraFPNBlock):  # type: ignore[misc]

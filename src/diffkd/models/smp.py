@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from diffkd.errors import UserError, nearest
 from diffkd.models.base import Wants
+from diffkd.models.weights import load_backbone
 
 
 def build(
@@ -17,15 +18,18 @@ def build(
     in_channels: int = 3,
     image_size: tuple[int, ...] = (512, 512),
     num_classes: int = 19,
+    encoder_weights: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A segmentation model with fresh weights that gives logits `(B, K, H, W)`.
+    """A segmentation model that gives logits `(B, K, H, W)`, with fresh weights but for the encoder's.
 
     Args:
         name: `ARCHITECTURE:ENCODER`, such as `deeplabv3plus:tu-mobilenetv3_small_050`.
         in_channels: of the pictures.
         image_size: told to encoders that take pictures of one size.
         num_classes: K.
+        encoder_weights: a file of the encoder's (timm's own for `tu-` encoders), or "pretrained" to fetch
+            published ones.
         options: further arguments of the architecture.
 
     Raises:
@@ -42,39 +46,31 @@ def build(
     if _fixed_size(encoder) and "dynamic_img_size" not in options:
         options = {"dynamic_img_size": True, **options}
     try:
-        return smp.create_model(  # type: ignore[no-any-return]
+        model: nn.Module = smp.create_model(
             architecture,
             encoder,
-            encoder_weights=None,
+            encoder_weights=_published(encoder) if encoder_weights == "pretrained" else None,
             in_channels=in_channels,
             classes=num_classes,
             **options,
         )
-    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip("'\"").partition("\n")[0]
+    except Exception as error:  # the library raises nearly anything, and so does the way to its hub
+        reason = str(error).strip("'\" \n").partition("\n")[0]
         raise UserError(f"model 'smp/{name}' cannot be built: {reason}") from error
+    if encoder_weights not in (None, "pretrained"):
+        load_backbone(model.get_submodule("encoder"), str(encoder_weights), encoder)
+    return model
+
+
+def _published(encoder: str) -> Any:
+    """What the library calls ImageNet's weights of an encoder."""
+    return True if encoder.startswith("tu-") else "imagenet"
 
 
 def wants(name: str, weights: str | None) -> Wants:
     """Pictures as they come."""
     _parse(name)
     return Wants()
-
-
-def encoder_state(name: str, weights: str) -> dict[str, Tensor]:
-    """Published weights of the encoder: "pretrained" for ImageNet's, or a name that the library knows.
-
-    Raises:
-        UserError: the encoder has no such weights, or they cannot be fetched.
-    """
-    encoder = _parse(name)[1]
-    wanted = "imagenet" if weights == "pretrained" else weights
-    try:
-        found = _library().encoders.get_encoder(encoder, weights=wanted)
-    except Exception as error:
-        reason = str(error).strip("'\" \n").partition("\n")[0]
-        raise UserError(f"encoder weights '{weights}' of 'smp/{name}' cannot be fetched: {reason}") from error
-    return found.state_dict()  # type: ignore[no-any-return]
 
 
 def names() -> list[str]:

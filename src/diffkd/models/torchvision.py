@@ -13,6 +13,7 @@ from torchvision.models import segmentation
 from diffkd.errors import UserError, nearest
 from diffkd.models import detectors
 from diffkd.models.base import Wants
+from diffkd.models.weights import load_backbone
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD
 
 # They give a tuple in training mode unless told otherwise.
@@ -39,15 +40,31 @@ def build(
     if detectors.serves(name):
         return detectors.build(name, num_classes=num_classes, image_size=image_size, **options)
     builder = _builder(name)
-    plain: dict[str, Any] = _PLAIN if name in ("googlenet", "inception_v3") else {}
+    plain = _PLAIN if name in ("googlenet", "inception_v3") else {}
     if name in _SEGMENTERS:
-        plain = {"weights_backbone": None} | ({} if name.startswith("lraspp") else {"aux_loss": True})
+        return _segmenter(name, num_classes, **options)
     options = {**plain, **_sized(name, image_size), **options}
     try:
         return builder(weights=None, num_classes=num_classes, **options)  # type: ignore[no-any-return]
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"model 'torchvision/{name}' cannot be built: {reason}") from error
+
+
+def _segmenter(
+    name: str, num_classes: int, *, backbone_weights: str | None = None, **options: Any
+) -> nn.Module:
+    """A segmentation model, with weights of a file in its backbone or fresh ones."""
+    head: dict[str, Any] = {} if name.startswith("lraspp") else {"aux_loss": True}
+    fixed: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": num_classes}
+    try:
+        model: nn.Module = models.get_model_builder(name)(**fixed, **(head | options))
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"model 'torchvision/{name}' cannot be built: {reason}") from error
+    if backbone_weights is not None:
+        load_backbone(model.get_submodule("backbone"), backbone_weights, name)
+    return model
 
 
 def wants(name: str, weights: str | None) -> Wants:

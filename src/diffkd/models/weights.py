@@ -169,6 +169,39 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
     return tensors, said
 
 
+def load_backbone(body: nn.Module, source: str | Path, name: str) -> None:
+    """A file's weights into the part of a model that looks at the picture; the file's classifier stays out.
+
+    Dots and underscores in names are the same here: timm's feature extractors flatten their paths.
+
+    Args:
+        body: takes the weights.
+        source: as for `load_weights`.
+        name: what errors call the backbone.
+
+    Raises:
+        UserError: the file cannot be read, or lacks some of the weights.
+    """
+    ours = body.state_dict()
+    found = {_flat(key): value for key, value in _strip(read_weights(source)[0], body).items()}
+    fits = {
+        key: found[_flat(key)]
+        for key, value in ours.items()
+        if _flat(key) in found and found[_flat(key)].shape == value.shape
+    }
+    missing = [key for key in ours if key not in fits and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"backbone '{name}': '{source}' lacks {len(missing)} of its {len(ours)} tensors, such as "
+            f"'{missing[0]}'"
+        )
+    body.load_state_dict(fits, strict=False)
+
+
+def _flat(key: str) -> str:
+    return key.removeprefix("model.").replace(".", "_")
+
+
 def _strip(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Without prefixes that all keys share and the model's do not, or without which more keys fit."""
     wanted = set(model.state_dict())

@@ -49,6 +49,7 @@ class ClassTable:
         for label, name in [*enumerate(self.names), (VOID, "void")]:
             codes = [code for code, found in self.codes.items() if found == label]
             share = sum(pixels.get(code, 0) for code in codes) / total
+            codes = [code for code in codes if code in pixels] or codes[:1]  # a few of many that are void
             if codes:
                 parts.append(f"{'/'.join(map(code_name, codes))} = {name} {100 * share:.2g} %")
         return "mask values and their share of the training pixels: " + ", ".join(parts)
