@@ -192,3 +192,37 @@ def _context(state, key, x, b, used):
     hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
     hidden = (hidden * state[f"{key}.add.1.weight"] + state[f"{key}.add.1.bias"]).clamp(min=0)
     return state[f"{key}.add.3.weight"] @ hidden + state[f"{key}.add.3.bias"]
+
+
+def contrast(ours, theirs, temperature):
+    """Each vector of a list against all of the other: mean of -log of its own share."""
+    return [-softened(v, theirs, temperature)[i].log() for i, v in enumerate(ours)]
+
+
+def afdcd(rebuilt, teacher, valid, patch, groups, temperature):
+    """The contrasts of positions and of groups of channels, in patches."""
+    spatial, channel = [], []
+    for b, top, left in product(
+        range(len(valid)), range(0, valid.shape[1], patch), range(0, valid.shape[2], patch)
+    ):
+        used = [
+            p for p in places(valid, b) if p[0] // patch == top // patch and p[1] // patch == left // patch
+        ]
+        if not used:
+            continue
+        ours, theirs = ([at(x, b, p) for p in used] for x in (rebuilt, teacher))
+        spatial += contrast(ours, theirs, temperature)
+        ours, theirs = (torch.stack(x, 1).reshape(groups, -1) for x in (ours, theirs))
+        channel += contrast(list(ours), list(theirs), temperature)
+    return mean(spatial), mean(channel)
+
+
+def ld(student, teacher, valid, bins, temperature):
+    found = []
+    for b in range(len(student)):
+        for p in places(valid, b):
+            for side in range(4):
+                part = slice(side * bins, (side + 1) * bins)
+                ours, theirs = ((at(x, b, p)[part] / temperature).softmax(0) for x in (student, teacher))
+                found.append(temperature**2 * kl(theirs, ours))
+    return mean(found)

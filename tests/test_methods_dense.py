@@ -136,6 +136,36 @@ def test_fgd(temperature):
         method({"map": ours}, {"map": theirs}, batch._replace(targets=torch.zeros(3)))
 
 
+def test_afdcd():
+    ours, theirs, batch = draw(((5, 4, 6), (6, 4, 6)))
+    options = {"mask_ratio": 0.0, "patch": 2, "groups": 3, "spatial": 2.0, "channel": 3.0, "temperature": 0.7}
+    method = build("afdcd", ((5, 4, 6), (6, 4, 6)), **options)
+    # Without a mask this is the regression of two convolutions; zeros stand where nothing is valid.
+    aligned = oracle.linear(method.state_dict(), "regressors.map", ours) * batch.valid[:, None]
+    rebuilt = method.generation["map"](aligned.detach()).detach().requires_grad_()
+    method.generation["map"] = nn.Identity()
+    method.regressors["map"] = nn.Identity()
+    losses = method({"map": rebuilt}, {"map": theirs}, batch)
+    spatial, channel = oracle.afdcd(rebuilt, theirs, batch.valid, 2, 3, 0.7)
+    assert_same(losses["map.spatial"], 2.0 * spatial, rebuilt)
+    assert_same(losses["map.channel"], 3.0 * channel, rebuilt)
+    error = oracle.mean(
+        ((oracle.at(rebuilt, b, p) - oracle.at(theirs, b, p)) ** 2).mean()
+        for b in range(3)
+        for p in oracle.places(batch.valid, b)
+    )
+    assert_same(losses["map.reconstruction"], error, rebuilt)
+
+
+def test_ld():
+    ours, theirs, batch = draw(((12, *SIZE), (12, *SIZE)))
+    method = build("ld", ((12, *SIZE), (12, *SIZE)), bins=3, temperature=2.0)
+    found = method({"map": ours}, {"map": theirs}, batch)["map.kd"]
+    assert_same(found, oracle.ld(ours, theirs, batch.valid, 3, 2.0), ours)
+    with pytest.raises(UserError, match="the student gives 5 channels, not distributions"):
+        build("ld", SAME)
+
+
 LABELLED = pytest.mark.parametrize("name", ["ifvd", "cirkd"])
 
 
@@ -150,7 +180,7 @@ def test_what_label_methods_need(name):
         build(name)({"map": ours}, {"map": theirs}, batch._replace(targets=torch.zeros(3)))
 
 
-@pytest.mark.parametrize("name", ["cwd", "ifvd", "skd", "cirkd", "fgd"])
+@pytest.mark.parametrize("name", ["cwd", "ifvd", "skd", "cirkd", "fgd", "afdcd", "ld"])
 def test_methods_that_need_maps(name):
     with pytest.raises(UserError, match="serves maps"):
         build(name, ((5,), (5,)))

@@ -17,6 +17,8 @@ CLASSES, SIZE, WIDE = 5, 16, 24  # pixels; pictures of 16 x 16 are padded to 16 
 # Student's and teacher's maps: pixels per position.
 STRIDES = pytest.mark.parametrize("strides", [(2, 2), (2, 4), (4, 2)], ids=str)
 EACH = pytest.mark.parametrize("method", METHODS)
+# Methods that need other channels than the student's 6 and the teacher's 8.
+CHANNELS = {"ld": (4 * 17, 4 * 17)}
 LARGE = (1e6, torch.inf, torch.nan)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*resized")
@@ -26,7 +28,7 @@ class Case:
     """A method on maps, and on class scores per position (or per picture where it takes no others)."""
 
     def __init__(self, name, strides):
-        self.strides = strides
+        self.strides, self.channels = strides, CHANNELS.get(name, (6, 8))
         for dense, targets in product((True, False), (self.labels, self.boxes)):
             self.dense, self.targets = dense, targets
             try:
@@ -40,7 +42,8 @@ class Case:
 
     def _build(self, name):
         side = SIZE // self.strides[0], SIZE // self.strides[1]
-        maps = Pair("map", Feature("", (6, *[side[0]] * 2)), Feature("", (8, *[side[1]] * 2)))
+        shapes = [(c, s, s) for c, s in zip(self.channels, side, strict=True)]
+        maps = Pair("map", *(Feature("", shape) for shape in shapes))
         spaces = [(s, s) if self.dense else () for s in side]
         scores = Pair("out", *(Feature("", (CLASSES, *space)) for space in spaces), is_logits=True)
         torch.manual_seed(0)
@@ -65,7 +68,7 @@ class Case:
             made["out"] = torch.randn(count, CLASSES, *space, generator=generator)
             return {name: feature.double() for name, feature in made.items()}
 
-        student, teacher = features(self.strides[0], 6), features(self.strides[1], 8)
+        student, teacher = map(features, self.strides, self.channels)
         valid = torch.ones(count, SIZE, WIDE, dtype=torch.bool)
         valid[..., SIZE:] = False
         batch = Batch(torch.zeros(count, 3, SIZE, WIDE), self.targets(count), torch.arange(count), valid)

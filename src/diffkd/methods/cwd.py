@@ -1,6 +1,7 @@
 """CWD: Channel-wise Knowledge Distillation for Dense Prediction (Shu et al., ICCV 2021, arXiv 2011.13256)."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,14 @@ class CWD(Method):
 
         kd = T^2 KL(phi(teacher)_c || phi(student)_c).
 
-    For segmentation, on the map of class scores with weight 3 and T 4 (the default). On feature maps,
-    which the user taps, the student's passes a 1x1 convolution first; the paper's weight there is 50,
-    so the loss is scaled by 50 / 3. For detection (T 1, weight 5) tap the pyramid's levels.
+    For segmentation, on the map of class scores with weight 3 and T 4 (the default). On feature maps the
+    student's passes a 1x1 convolution first; the paper's weight there is 50, so the loss is scaled by
+    50 / 3. For detection on the levels of the pyramid (published: T 1 and weight 5, which is 0.3 here).
 
     Args:
         setup: what the run taps.
         temperature: T.
+        on: "scores" or "features"; None takes class scores where they are tapped, else features.
 
     Raises:
         UserError: nothing is tapped, a tap gives no map, or the temperature is impossible.
@@ -41,19 +43,22 @@ class CWD(Method):
     ['cwd.output.kd']
     """
 
-    stages = "none"
+    stages = "all"
     weight = 3.0
 
-    def __init__(self, setup: Setup, *, temperature: float = 4.0) -> None:
+    def __init__(
+        self, setup: Setup, *, temperature: float = 4.0, on: Literal["scores", "features"] | None = None
+    ) -> None:
         super().__init__()
         check_positive(temperature=temperature)
-        if not setup.pairs:
-            raise UserError("method 'cwd' needs a map of class scores or features to distil; set taps")
-        for pair in setup.pairs:
+        choices = {"scores": setup.logits, "features": setup.features, None: setup.logits or setup.features}
+        self.temperature, self.pairs = temperature, choices[on]
+        if not self.pairs:
+            raise UserError(f"method 'cwd' needs a map of {on or 'class scores or features'}; set taps")
+        for pair in self.pairs:
             check_pair(pair, "cwd")
-        needed_maps(setup.pairs, "cwd")
-        self.temperature, self.pairs = temperature, setup.pairs
-        self.regressors = regressors(setup.features)
+        needed_maps(self.pairs, "cwd")
+        self.regressors = regressors([pair for pair in self.pairs if not pair.is_logits])
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
