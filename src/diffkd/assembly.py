@@ -261,6 +261,7 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
         wanted.model, num_classes=data.num_classes, image_shape=shape, options=wanted.options
     )
     resized = None if size is None or (size, size) == (height, width) else (size, size)
+    models.tell_normalisation(model, mean, std)
     prepare = models.Preprocess(mean, std, resized, channels=shape[0])
     side = Side(wanted.model, model, prepare, weights.notes, input_shape=shape)
     if resized is not None:

@@ -58,7 +58,7 @@ class BoxPrecision(Metric):
                 (crowds, difficult objects: finding them is neither right nor wrong) and `area` `(m,)`.
             indices: `(B,)` int64, which pictures of the data set these are.
         """
-        self.pictures.append(indices.to(self.device))
+        self.pictures.append(indices.to(self.device).float())
         for ours, true, index in zip(found, truth, indices, strict=True):
             self.found.append(_rows(index, ours["labels"], ours["boxes"], ours["scores"]))
             sides = true["boxes"][:, 2:] - true["boxes"][:, :2]
@@ -69,7 +69,8 @@ class BoxPrecision(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Figures by name, 0 to 1; `ap_per_class` is `(K,)`."""
         pictures, found, truth = (
-            dim_zero_cat(rows).cpu().numpy() for rows in (self.pictures, self.found, self.truth)
+            dim_zero_cat(rows).cpu().numpy().reshape(-1, width)
+            for rows, width in ((self.pictures, 1), (self.found, 7), (self.truth, 8))
         )
         figures = coco_precision(pictures, found, truth, self.num_classes)
         figures["voc_ap50"] = voc_precision(found, truth, self.num_classes)
@@ -77,11 +78,14 @@ class BoxPrecision(Metric):
 
 
 def _rows(index: Tensor, labels: Tensor, boxes: Tensor, *more: Tensor) -> Tensor:
-    """`(n, 6 + more)`: picture, label, box, further numbers."""
+    """Picture, label, box, further numbers of each box, one after the other.
+
+    Flat, as an empty state of a process without pictures is when they are gathered.
+    """
     columns = [index.to(labels.device).expand(len(labels)), labels]
     first = torch.stack([column.float() for column in columns], 1)
     rest = [x.float()[:, None] for x in more]
-    return torch.cat([first, boxes.float().reshape(-1, 4), *rest], 1).detach()
+    return torch.cat([first, boxes.float().reshape(-1, 4), *rest], 1).detach().flatten()
 
 
 def _evaluator() -> tuple[Any, Any]:

@@ -87,6 +87,13 @@ def published_state(name: str, weights: str) -> dict[str, Tensor]:
     return fetch(_source(name)[1], weights)  # type: ignore[no-any-return]
 
 
+def tell_normalisation(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Lets a model that normalises pictures itself, as torchvision's detectors do, do it as it is trained."""
+    own = getattr(model, "transform", None)
+    if hasattr(own, "image_mean") and hasattr(own, "image_std"):
+        own.image_mean, own.image_std = list(mean), list(std)  # type: ignore[union-attr]
+
+
 def _source(name: str) -> tuple[ModuleType, str]:
     source, slash, model = name.partition("/")
     if not slash:

@@ -26,11 +26,9 @@ STRIDES = (4, 8, 16, 32)  # of a backbone's maps that pyramids are built on: P2 
 
 def names() -> list[str]:
     """Torchvision's own, and the heads that any backbone takes (`retinanet:timm/resnet18`)."""
-    return [
-        name
-        for name in models.list_models(module=detection)
-        if not name.startswith("keypoint")  # people's joints, which no data set here has
-    ]
+    own = models.list_models(module=detection)
+    # people's joints are in no data set here
+    return [*(n for n in own if not n.startswith("keypoint")), *(f"{h}:timm/resnet18" for h in _HEADS)]
 
 
 def serves(name: str) -> bool:
@@ -98,13 +96,6 @@ def on_backbone(
     pyramid = Pyramid(backbone, channels, (first, last), backbone_weights)
     sides = [anchor_size * 2**level for level in range(first, last + 1)]
     return _HEADS[head](pyramid, num_classes, sides, options)
-
-
-def tell_normalisation(model: nn.Module, mean: list[float], std: list[float]) -> None:
-    """Lets a detector that normalises pictures itself do it as it was trained."""
-    transform = getattr(model, "transform", None)
-    if isinstance(transform, detection.transform.GeneralizedRCNNTransform):
-        transform.image_mean, transform.image_std = mean, std
 
 
 class Pyramid(nn.Module):

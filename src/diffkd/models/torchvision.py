@@ -86,6 +86,11 @@ def state(name: str, weights: str) -> dict[str, Tensor]:
     Raises:
         UserError: the model has no such weights, or they cannot be fetched.
     """
+    if ":" in name:
+        raise UserError(
+            f"no weights file '{weights}', and 'torchvision/{name}' has no published weights; the backbone "
+            "may: options.backbone_weights=pretrained"
+        )
     chosen = _weights(name, weights)
     try:
         found = chosen.get_state_dict(progress=False, check_hash=True)

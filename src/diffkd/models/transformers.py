@@ -1,4 +1,4 @@
-"""transformers' segmentation models with fresh weights: `transformers/segformer-b0`, any type it knows."""
+"""transformers' models with fresh weights: `transformers/segformer-b0`, detectors as `transformers/detr`."""
 
 from types import ModuleType
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.errors import UserError, nearest
+from diffkd.models import query_detectors
 from diffkd.models.base import Wants
 
 _SEGFORMER = {  # depths, widths, width of the decoder (arXiv 2105.15203)
@@ -30,7 +31,7 @@ def build(
     num_classes: int = 19,
     **options: Any,
 ) -> nn.Module:
-    """A segmentation model made from its configuration class.
+    """A model made from its configuration class, for segmentation or detection (`rt_detr_v2-r18`).
 
     Args:
         name: `segformer-b0` to `segformer-b5`, `upernet-swin_tiny`, `mask2former`, or another type of
@@ -48,6 +49,8 @@ def build(
     >>> net(torch.rand(1, 3, 32, 32)).logits.shape
     torch.Size([1, 5, 8, 8])
     """
+    if query_detectors.serves(name):
+        return query_detectors.build(name, num_classes=num_classes, **options)
     library = _library()
     kind, _, size = name.partition("-")
     _check(name)
@@ -69,7 +72,9 @@ def build(
 
 
 def wants(name: str, weights: str | None) -> Wants:
-    """Pictures as they come."""
+    """Pictures as they come; three channels for detectors."""
+    if query_detectors.serves(name):
+        return Wants(channels=3)
     _check(name)
     return Wants()
 

@@ -47,6 +47,7 @@ class Detection(Task):
 
     metric = "ap"
     metric_label = "AP"
+    resizes = False
 
     def __init__(self, data: Data, *, divisor: int = 32, scores: bool = False) -> None:
         super().__init__(data)
@@ -123,7 +124,7 @@ class Detection(Task):
         pyramid = getattr(teacher, "backbone", None)
         if pyramid is None:
             return _call(teacher, batch)
-        outside = [m for name, m in teacher.named_children() if name != "backbone" and _watched(m)]
+        outside = [m for name, m in teacher.named_children() if name != "backbone" and _watched(m, teacher)]
         if not outside:
             return pyramid(batch.images)
         head = getattr(teacher, "head", None)
@@ -231,9 +232,10 @@ def _dense(model: nn.Module) -> list[int] | None:
     return list(anchors.num_anchors_per_location())
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether anybody waits for what runs in a module."""
-    return any(part._forward_hooks for part in module.modules())
+def _watched(module: nn.Module, owner: nn.Module) -> bool:
+    """Whether anybody but the model itself waits for what runs in a part of it."""
+    hooks = (hook for part in module.modules() for hook in part._forward_hooks.values())
+    return any(getattr(hook, "__self__", None) is not owner for hook in hooks)
 
 
 def _levels(pyramid: Any) -> list[Tensor]:

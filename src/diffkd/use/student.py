@@ -101,6 +101,7 @@ def load_student(run: str | Path) -> Student:
         options=config.get("options"),
     )
     load_weights(model, folder / "model.safetensors", name=config["model"])
+    models.tell_normalisation(model, data.mean, data.std)
     size = config.get("size")
     prepare = models.Preprocess(data.mean, data.std, tuple(size) if size else None, channels=channels)
     task = task_class(config["task"])(data, **config.get("task_options", {}))
