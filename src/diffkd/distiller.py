@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.batch import Batch, as_batch
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError
 from diffkd.features.pairs import Pair, Probed, pair_up
 from diffkd.features.stages import find_stages
 from diffkd.features.taps import Taps
 from diffkd.features.watch import dry_run
-from diffkd.methods.base import Method, Setup, method_class
-from diffkd.names import options_of
+from diffkd.methods.base import MethodChoice, Setup, chosen_methods
 
-MethodChoice = float | Mapping[str, Any] | Callable[[Setup], Method] | None
 Run = Callable[[nn.Module, Batch], Any]
 
 
@@ -103,6 +101,7 @@ class Distiller(nn.Module):
             the methods want: the last feature map and the output, or one map per resolution.
         methods: names with a weight, with options (`{"diffkd": {"weight": 1.0, "num_steps": 3}}`),
             or with a function of the `Setup` that builds the method; a name alone has its paper's weight.
+            The weight "auto" starts there too; `diffkd`'s own training loop then measures and sets it.
         sample: a batch (images alone will do) for the dry run that probes channels and layouts.
         run: how a model is called with a batch.
         task: how models are run in each role, in place of `run`: a `diffkd.Task`, say.
@@ -154,13 +153,19 @@ class Distiller(nn.Module):
         self._roles = task or _Plain(run)
         if sample is None:
             raise UserError("give sample=, a batch of images for the dry run that finds channels and layouts")
-        builders = _builders({methods: {}} if isinstance(methods, str) else methods)
+        builders = chosen_methods({methods: {}} if isinstance(methods, str) else methods)
         if teacher is None and builders:
             raise UserError(f"method '{next(iter(builders))}' needs a teacher")
-        self.weights = {name: weight for name, (_, weight) in builders.items()}
-        self.pairs = self._tap(taps, [b for b, _ in builders.values()], self._framed(sample), logits)
+        self.weights = {name: choice.weight for name, choice in builders.items()}
+        self.automatic = tuple(name for name, choice in builders.items() if choice.automatic)
+        self.measured = nn.Module()
+        for name in self.automatic:
+            self.measured.register_buffer(f"of_{name}", torch.tensor(self.weights[name] or 1.0))
+        self.pairs = self._tap(
+            taps, [choice.build for choice in builders.values()], self._framed(sample), logits
+        )
         self.methods = nn.ModuleDict()
-        for name, (build, _) in builders.items():
+        for name, (build, *_) in builders.items():
             assert teacher is not None
             wanted = _wanted(self.pairs, build if taps is None else None, self._stages)
             setup = Setup(wanted, student, teacher, num_classes, dataset_size)
@@ -179,11 +184,23 @@ class Distiller(nn.Module):
     @property
     def figures(self) -> dict[str, Tensor]:
         """Scalars worth watching that are not losses, of the last forward pass."""
-        return {
+        told = {
             f"{name}.{key}": value
             for name, method in self.methods.items()
             for key, value in method.figures.items()  # type: ignore[union-attr,operator]
         }
+        return told | {f"{name}.weight": self.measured.get_buffer(f"of_{name}") for name in self.automatic}
+
+    def weight_of(self, name: str) -> float | Tensor:
+        """What a method's losses are multiplied by: a number, or a scalar where that is measured."""
+        # a copy, which the backward pass still finds unchanged after the next measurement
+        return (
+            self.measured.get_buffer(f"of_{name}").clone() if name in self.automatic else self.weights[name]
+        )
+
+    def set_measured(self, name: str, weight: Tensor) -> None:
+        """Gives a method whose weight is `auto` a weight, a scalar."""
+        self.measured.get_buffer(f"of_{name}").copy_(weight)
 
     def forward(self, batch: Any) -> Losses:
         """Named losses of a batch, and the student's output.
@@ -206,7 +223,7 @@ class Distiller(nn.Module):
         for name, method in self.methods.items():
             named: dict[str, Tensor] = method(student, teacher, batch)
             for key, value in named.items():
-                losses[f"{name}.{key}"] = value * self.weights[name]
+                losses[f"{name}.{key}"] = value * self.weight_of(name)
         return losses
 
     def features(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -322,46 +339,6 @@ def _image_size(images: Any) -> tuple[int, ...] | None:
     if isinstance(images, list):
         return tuple(images[0].shape[1:])
     return tuple(images.shape[2:]) if isinstance(images, Tensor) else None
-
-
-def _builders(methods: Mapping[str, MethodChoice]) -> dict[str, tuple[Any, float]]:
-    """Per method, keyed by a name fit for a module: what builds it of a Setup, and its weight."""
-    if not isinstance(methods, Mapping):
-        raise UserError('methods: a name, or names with weights such as {"diffkd": 1.0, "kd": 0.5}')
-    found: dict[str, tuple[Any, float]] = {}
-    for name, choice in methods.items():
-        key = name.rpartition(":")[2].replace(".", "_")
-        weight: float | None = None
-        if choice is None or isinstance(choice, Mapping):
-            options = dict(choice or {})
-            weight = options.pop("weight", None)
-            build: Any = _Configured(method_class(name), options)
-        elif isinstance(choice, int | float):
-            weight, build = choice, _Configured(method_class(name), {})
-        else:
-            build = choice
-        weight = float(getattr(build, "weight", 1.0) if weight is None else weight)
-        if weight < 0:
-            raise UserError(f"method '{name}': weight {weight} is negative")
-        found[key] = (build, weight)
-    return found
-
-
-class _Configured:
-    """A method's class with its options, waiting for the Setup."""
-
-    def __init__(self, kind: type[Method], options: dict[str, Any]) -> None:
-        self.kind, self.options = kind, options
-        known = options_of(kind)
-        for option in options:
-            if option not in known:
-                raise UserError(
-                    f"method '{kind.__name__}' takes no option '{option}'{nearest(option, known)}"
-                )
-        self.stages, self.uses_logits, self.weight = kind.stages, kind.uses_logits, kind.weight
-
-    def __call__(self, setup: Setup) -> Method:
-        return self.kind(setup, **self.options)  # type: ignore[call-arg]
 
 
 def _wanted(pairs: tuple[Pair, ...], build: Any | None, stages: Mapping[str, str]) -> tuple[Pair, ...]:

@@ -2,20 +2,20 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
-from diffkd.errors import UserError
+from diffkd.errors import UserError, nearest
 from diffkd.features.maps import matched
 from diffkd.features.pairs import Feature as Feature
 from diffkd.features.pairs import Pair as Pair
 from diffkd.maths.layers import conv
 from diffkd.maths.losses import check_classes, precise, squared_error
-from diffkd.names import load_class
+from diffkd.names import load_class, options_of
 
 
 @dataclass(frozen=True)
@@ -245,3 +245,64 @@ def method_class(name: str) -> type[Method]:
         UserError: there is none of that name; the nearest names are given.
     """
     return load_class("diffkd.methods", name, Method)  # type: ignore[type-abstract]
+
+
+MethodChoice = float | str | Mapping[str, Any] | Callable[[Setup], Method] | None
+
+
+class Chosen(NamedTuple):
+    """What builds a method of a Setup, its weight, and whether that is only the first of measured ones."""
+
+    build: Any
+    weight: float
+    automatic: bool
+
+
+def chosen_methods(methods: Mapping[str, MethodChoice]) -> dict[str, Chosen]:
+    """The methods that somebody named, with weights or options, keyed by a name fit for a module.
+
+    Raises:
+        UserError: a name, an option or a weight is impossible.
+
+    >>> chosen_methods({"kd": {"weight": 0.5, "temperature": 2.0}})["kd"].weight
+    0.5
+    """
+    if not isinstance(methods, Mapping):
+        raise UserError('methods: a name, or names with weights such as {"diffkd": 1.0, "kd": 0.5}')
+    found: dict[str, Chosen] = {}
+    for name, choice in methods.items():
+        key = name.rpartition(":")[2].replace(".", "_")
+        weight: float | str | None = None
+        if choice is None or isinstance(choice, Mapping):
+            options = dict(choice or {})
+            weight = options.pop("weight", None)
+            build: Any = _Configured(method_class(name), options)
+        elif isinstance(choice, int | float | str):
+            weight, build = choice, _Configured(method_class(name), {})
+        else:
+            build = choice
+        automatic = weight == "auto"
+        if isinstance(weight, str) and not automatic:
+            raise UserError(f"method '{name}': weight '{weight}'; give a number, or auto")
+        number = float(getattr(build, "weight", 1.0) if weight is None or automatic else weight)
+        if number < 0:
+            raise UserError(f"method '{name}': weight {number} is negative")
+        found[key] = Chosen(build, number, automatic)
+    return found
+
+
+class _Configured:
+    """A method's class with its options, waiting for the Setup."""
+
+    def __init__(self, kind: type[Method], options: dict[str, Any]) -> None:
+        self.kind, self.options = kind, options
+        known = options_of(kind)
+        for option in options:
+            if option not in known:
+                raise UserError(
+                    f"method '{kind.__name__}' takes no option '{option}'{nearest(option, known)}"
+                )
+        self.stages, self.uses_logits, self.weight = kind.stages, kind.uses_logits, kind.weight
+
+    def __call__(self, setup: Setup) -> Method:
+        return self.kind(setup, **self.options)  # type: ignore[call-arg]

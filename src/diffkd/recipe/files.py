@@ -178,7 +178,7 @@ def _methods(value: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: method: needs names, or names with weights, got {kind_of(value)}")
     long: dict[str, Any] = {}
     for name, options in value.items():
-        number = isinstance(options, int | float) and not isinstance(options, bool)
+        number = options == "auto" or (isinstance(options, int | float) and not isinstance(options, bool))
         long[name] = {"weight": options} if number else {} if options is None else options
     return {name: options for name, options in long.items() if name != "none"}
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model, model_validator
@@ -74,9 +74,9 @@ class ModelRecipe(Section):
 
 
 class MethodRecipe(OpenSection):
-    """A method's weight and options; no weight is its paper's (`Method.weight`)."""
+    """A method's weight and options; no weight is its paper's (`Method.weight`), `auto` is measured."""
 
-    weight: NotNegative | None = None
+    weight: NotNegative | Literal["auto"] | None = None
 
 
 class TeacherTraining(Section):

@@ -1,6 +1,6 @@
 """One batch through everything, and what it shows: shapes, costs, losses, who learns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from rich.console import Console
@@ -13,6 +13,7 @@ from diffkd.maths.randomness import seed_everything
 from diffkd.models.measure import SavedBytes
 from diffkd.recipe.schema import Recipe
 from diffkd.report.summary import quantity, size
+from diffkd.training.balance import gradient_norms
 from diffkd.training.optim import build_optimizer
 
 
@@ -31,10 +32,12 @@ def check_recipe(recipe: Recipe) -> None:
     optimizer = build_optimizer(recipe.optimizer, step)
     batch = next(iter(parts.loader(parts.data.train, shuffle=True).epoch()))
     step.train()
+    distiller.expect(0)  # no warm-up: what pulls later pulls now
     saved = SavedBytes()
     with saved:
         losses = step(batch)
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
+    pulls = {name: norm.item() for name, norm in _pulls(losses, distiller).items()}
     total.backward()  # type: ignore[no-untyped-call]
     console = Console(highlight=False, soft_wrap=True, width=None if Console().is_terminal else 130)
     for note in _notes(parts, warnings):
@@ -46,6 +49,38 @@ def check_recipe(recipe: Recipe) -> None:
     console.print(_losses(losses, total))
     console.print(_memory(step, optimizer, saved.total, len(batch.images)), markup=False)
     _complain(distiller, console)
+    for line in unequal(pulls):
+        console.print(line, markup=False)
+
+
+def _pulls(losses: dict[str, Tensor], distiller: Distiller) -> dict[str, Tensor]:
+    """Length of the gradient at the student, by method; that of the supervised loss is `task`."""
+    return gradient_norms(losses, distiller.student, ("task", *distiller.methods))
+
+
+def unequal(pulls: Mapping[str, float]) -> Iterator[str]:
+    """How hard each method pulls at the student beside the supervised loss, with a warning where that is odd.
+
+    Args:
+        pulls: length of the gradient by method, and of the supervised loss as `task`.
+
+    >>> list(unequal({"task": 2.0, "kd": 3.0, "pkt": 1e-5}))
+    ['pull at the student beside the supervised loss: kd 1.5, pkt 5e-06', 'warning: method pkt pulls at the \
+student with 5e-06 of the supervised loss: next to nothing; raise its weight, or set method.pkt.weight=auto']
+    """
+    supervised = pulls.get("task", 0.0)
+    shares = {name: pull / supervised for name, pull in pulls.items() if name != "task" and supervised > 0}
+    if not shares:
+        return
+    told = ", ".join(f"{name} {share:.2g}" for name, share in shares.items())
+    yield f"pull at the student beside the supervised loss: {told}"
+    for name, share in shares.items():
+        if not 0.01 <= share <= 10:
+            what, way = ("next to nothing", "raise") if share < 0.01 else ("it drowns the labels", "lower")
+            yield (
+                f"warning: method {name} pulls at the student with {share:.2g} of the supervised loss: "
+                f"{what}; {way} its weight, or set method.{name}.weight=auto"
+            )
 
 
 def _notes(parts: Parts, warnings: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ from diffkd.runs.console import Reporter
 from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
 from diffkd.runs.places import check_folder, check_identity
 from diffkd.tasks.base import Figures
+from diffkd.training.balance import Balance
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state
 from diffkd.training.devices import on_first
 from diffkd.training.ema import Ema
@@ -86,6 +87,7 @@ class Trainer:
         if parts.teacher is not None:
             parts.teacher.to(fabric.device)
         self.distiller.expect(self.length.total * recipe.trainer.accumulate)
+        self.balance = Balance(self.distiller, recipe, fabric, steps)
         self.plain = step
         self.step, self.optimizer = fabric.setup(step, build_optimizer(recipe.optimizer, step))
         # What a model holds on purpose (a mask of minus infinities, say) says nothing of training.
@@ -197,7 +199,7 @@ class Trainer:
         self.lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, place.step, self.length)
         set_lr(optimizer, self.lr)
         with self.fabric.no_backward_sync(self.step, enabled=not updates):
-            losses = self.step(batch)
+            losses = self.balance(self.step(batch), place.step)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
             self.fabric.backward(total / trainer.accumulate)
         if updates:
