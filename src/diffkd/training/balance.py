@@ -56,7 +56,7 @@ class Balance:
         per_epoch: optimizer steps of an epoch.
 
     Raises:
-        UserError: the run is compiled or sharded, or has no supervised loss to measure by.
+        UserError: the run is compiled, or has no supervised loss to measure by.
     """
 
     def __init__(self, distiller: Distiller, recipe: Recipe, fabric: Fabric, per_epoch: int) -> None:
@@ -64,10 +64,8 @@ class Balance:
         self.names = distiller.automatic
         self.last = min(per_epoch, _LAST) if self.names else 0
         where = f"method.{next(iter(self.names), '')}.weight=auto"
-        trainer = recipe.trainer
-        if self.names and (trainer.compile or trainer.strategy == "fsdp"):
-            setting = "trainer.compile=true" if trainer.compile else "trainer.strategy=fsdp"
-            raise UserError(f"{where} cannot be measured with {setting}; give a number")
+        if self.names and recipe.trainer.compile:
+            raise UserError(f"{where} cannot be measured with trainer.compile=true; give a number")
         if self.names and (recipe.task.weight == 0 or recipe.data.options.get("labels") == "none"):
             raise UserError(f"{where}: there is no supervised loss to measure by; give a number")
 
