@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffkd import load_student
+from diffkd import DiffKD, load_student
 from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
 from diffkd.training.fit import fit
@@ -91,3 +91,28 @@ def test_boxes_of_pictures(diffkd, pictures, tmp_path):
         assert left + width <= sizes[box["image_id"]][0] + 0.1
         assert top + height <= sizes[box["image_id"]][1] + 0.1
     assert (tmp_path / "found/photos-a-boxes.png").is_file()
+
+
+def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):
+    assert diffkd("distill", "tiny.yaml", "output=run")[0] == 0
+    status, out, err = diffkd("visualize", "run", pictures)
+    assert status == 0, err
+    assert "2 pictures: run/denoising/index.html" in out
+    page = (tmp_path / "run/denoising/index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert Image.open(tmp_path / "run/denoising/000-a.png").size[0] > 400
+    assert diffkd("train", "tiny.yaml", "output=alone")[0] == 0
+    status, _, err = diffkd("visualize", "alone", pictures)
+    assert (status, err.count("\n"), "had no teacher" in err) == (2, 1, True)
+
+
+def test_the_last_step_is_what_is_projected():
+    torch.manual_seed(0)
+    diffkd, ours, theirs = DiffKD(4, 6, num_steps=3).eval(), torch.rand(2, 4, 5, 5), torch.rand(2, 6, 5, 5)
+    torch.manual_seed(1)
+    way = diffkd.steps(ours, theirs)
+    names = ["student", "with noise", "step 1", "step 2", "step 3", "denoised", "teacher", "gamma"]
+    assert list(way) == names
+    assert torch.equal(diffkd.projection(way["step 3"]), way["denoised"])
+    torch.manual_seed(1)
+    assert torch.equal(diffkd(ours, theirs).denoised, way["denoised"])

@@ -122,6 +122,17 @@ def export(
 
 
 @app.command()
+def visualize(
+    run: RunFolderName,
+    pictures: Annotated[list[str], typer.Argument(metavar="PICTURES...", help="Files or folders.")],
+) -> None:
+    """Show the denoising: the student's feature before, on its way and after, and the teacher's."""
+    from diffkd.use.visualize import visualize as write
+
+    write(run, pictures)
+
+
+@app.command()
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Build everything and run one batch: what is tapped, what it costs, what learns."""
     from diffkd.recipe.schema import load

@@ -188,6 +188,21 @@ class DiffKD(nn.Module):
         latent = self.align(without_void(feature, valid))
         return self._denoise(latent, noise, valid)[0] if self.settings.denoise else latent
 
+    def steps(self, student_feature: Tensor, teacher_feature: Tensor) -> dict[str, Tensor]:
+        """What the student's feature is on its way, and the target, each `(B, C, *S)`, to be looked at.
+
+        Keys: "student" in the common space, "with noise", "step 1" and so on, "denoised", "teacher"; and
+        "gamma" `(B,)`. Where nothing is denoised, "student" and "teacher" alone.
+        """
+        ours, theirs, _ = matched(student_feature, teacher_feature, None)
+        if not self.settings.denoise:
+            return {"student": self.align(ours), "teacher": theirs}
+        target, _ = self._encode(theirs, None)
+        latent, kept = self.align(ours), list[Tensor]()
+        denoised, gamma = self._denoise(latent, kept=kept)
+        way = {"with noise" if i == 0 else f"step {i}": feature for i, feature in enumerate(kept)}
+        return {"student": latent, **way, "denoised": denoised, "teacher": target, "gamma": gamma}
+
     def diffusion_loss(
         self,
         target: Tensor,
@@ -234,9 +249,13 @@ class DiffKD(nn.Module):
         return without_void(latent.detach(), valid), loss
 
     def _denoise(
-        self, latent: Tensor, noise: Tensor | None = None, valid: Tensor | None = None
+        self,
+        latent: Tensor,
+        noise: Tensor | None = None,
+        valid: Tensor | None = None,
+        kept: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Noise matching, the DDIM steps, the projection; also gamma `(B,)`."""
+        """Noise matching, the DDIM steps, the projection; also gamma `(B,)`. `kept` gets what is between."""
         if noise is None:
             noise = noise_like(latent)
         gamma = self.noise_matcher(without_void(latent, valid), valid)
@@ -245,8 +264,12 @@ class DiffKD(nn.Module):
         detached, codes = self.settings.detach_denoiser, self.denoiser.embedding.weight
         denoiser = self._denoiser_with_fixed_weights() if detached else self.denoiser
         for timestep, alpha_bar, alpha_bar_next in self.ddim:
+            if kept is not None:
+                kept.append(noisy)
             predicted = denoiser(noisy, codes[timestep] if self.settings.time_code else None)
             noisy = without_void(ddim_step(noisy, predicted, alpha_bar, alpha_bar_next), valid)
+        if kept is not None:
+            kept.append(noisy)
         return self.projection(noisy), precise(gamma)
 
     def _denoiser_with_fixed_weights(self) -> Callable[[Tensor, Tensor | None], Tensor]:

@@ -6,9 +6,10 @@ import torch
 
 from diffkd.assembly import assemble, evaluate
 from diffkd.maths.randomness import cpu_threads, seed_everything
-from diffkd.recipe.schema import ModelRecipe, Recipe, load
+from diffkd.recipe.schema import load
 from diffkd.report.summary import percent
 from diffkd.runs.folder import RunFolder
+from diffkd.use.trained import as_trained
 
 
 def evaluate_run(path: str) -> Iterator[str]:
@@ -33,13 +34,3 @@ def evaluate_run(path: str) -> Iterator[str]:
         recorded = summary["last"].get(name)
         agrees = "as recorded" if value == recorded else f"recorded: {recorded!r}"
         yield f"{name} {value!r} ({percent(value)}, {agrees})"
-
-
-def as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None) -> Recipe:
-    """A run's recipe with the weights that it ended with, and its teacher's as they were found or made."""
-    found: dict[str, ModelRecipe] = {
-        "student": recipe.student.model_copy(update={"weights": str(folder.path)})
-    }
-    if recipe.teacher is not None:
-        found["teacher"] = recipe.teacher.model_copy(update={"weights": teacher_weights, "train": None})
-    return recipe.model_copy(update=found)

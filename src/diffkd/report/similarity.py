@@ -11,8 +11,8 @@ from diffkd.distiller import Distiller
 from diffkd.maths.layers import pooled
 from diffkd.maths.randomness import cpu_threads, seed_everything
 from diffkd.recipe.schema import MethodRecipe, Recipe, load
-from diffkd.report.evaluation import as_trained
-from diffkd.runs.folder import RunFolder, load_checkpoint
+from diffkd.runs.folder import RunFolder
+from diffkd.use.trained import as_trained, load_methods
 
 MOST_PICTURES = 2048
 # Taps features for runs whose methods tap none, and has no weights of its own.
@@ -69,7 +69,7 @@ def _measure(recipe: Recipe, folder: RunFolder) -> Similarity:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distiller, _ = parts.distiller(parts.sample(2))
     if "diffkd" in recipe.method:
-        _load_methods(distiller, folder)
+        load_methods(distiller, folder)
     assert parts.teacher is not None
     parts.teacher.to(device)
     parts.student.to(device)
@@ -81,16 +81,6 @@ def _measure(recipe: Recipe, folder: RunFolder) -> Similarity:
     for name, rows in after.items():
         found[name]["after"] = linear_cka(*_joined(rows))
     return found
-
-
-def _load_methods(distiller: Distiller, folder: RunFolder) -> None:
-    """What the methods had learned when the run ended."""
-    newest = folder.list_checkpoints()[-1]
-    prefix = "distiller.methods."
-    state = {
-        k.removeprefix(prefix): v for k, v in load_checkpoint(newest)["model"].items() if k.startswith(prefix)
-    }
-    distiller.methods.load_state_dict(state)
 
 
 Rows = dict[str, list[tuple[Tensor, Tensor]]]
