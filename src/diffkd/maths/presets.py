@@ -88,3 +88,23 @@ def settings(preset: str, distance: str, **chosen: Any) -> Settings:
     if not 0 <= found.warmup < 1:
         raise UserError(f"warmup={found.warmup}: a share of the run, at least 0 and less than 1")
     return found
+
+
+def check_sizes(student: int, teacher: int, latent: int | None, dims: int) -> None:
+    """Raises UserError where channels or the number of spatial axes are impossible."""
+    for name, value in {"student": student, "teacher": teacher, "latent": latent}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name}_channels={value}: needs at least 1")
+    if dims not in range(4):
+        raise UserError(f"spatial_dims={dims}: 0 (vectors), 1 (sequences), 2 (maps) or 3 (volumes)")
+    if dims == 0 and latent is not None:
+        raise UserError(f"latent_channels={latent}: vectors (spatial_dims=0) have no autoencoder")
+
+
+def check_process(chosen: Settings, timesteps: int, latent: int | None) -> None:
+    """Raises UserError where the steps do not fit the schedule, or there is nothing to denoise."""
+    if latent is not None and not chosen.denoise:
+        raise UserError(f"latent_channels={latent}: nothing is denoised here; preset='paper' denoises scores")
+    steps, start = chosen.num_steps, chosen.start_timestep
+    if not steps <= start <= timesteps:
+        raise UserError(f"start_timestep={start}: between num_steps={steps} and train_timesteps={timesteps}")

@@ -15,7 +15,7 @@ from diffkd.maths.denoiser import Autoencoder, Denoiser, NoiseMatcher, Standardi
 from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps, noise_like
 from diffkd.maths.layers import conv, norm, without_void
 from diffkd.maths.losses import kl_divergence, precise, squared_error
-from diffkd.maths.presets import PresetName, Settings, settings
+from diffkd.maths.presets import PresetName, check_process, check_sizes, settings
 from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing
 
 _UNTOLD = 300  # forward passes of warm-up where nobody says how long the run is
@@ -102,7 +102,7 @@ class DiffKD(nn.Module):
         warmup: float | None = None,
     ) -> None:
         super().__init__()
-        _check(student_channels, teacher_channels, latent_channels, spatial_dims)
+        check_sizes(student_channels, teacher_channels, latent_channels, spatial_dims)
         self.settings = settings(
             preset,
             distance,
@@ -112,7 +112,7 @@ class DiffKD(nn.Module):
             temperature=temperature,
             warmup=warmup,
         )
-        _check_process(self.settings, train_timesteps, latent_channels)
+        check_process(self.settings, train_timesteps, latent_channels)
         if latent_channels is None and spatial_dims:
             latent_channels = self.settings.narrowed(teacher_channels)
         self.student_channels, self.teacher_channels = student_channels, teacher_channels
@@ -400,21 +400,3 @@ class DiffKDMethod(Method):
         """The denoised feature and its target, of every pair."""
         outs = {name: self.pairs[key](student[name], teacher[name]) for name, key in self.keys.items()}
         return {name: (out.denoised, out.target) for name, out in outs.items()}
-
-
-def _check(student: int, teacher: int, latent: int | None, dims: int) -> None:
-    for name, value in {"student": student, "teacher": teacher, "latent": latent}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}_channels={value}: needs at least 1")
-    if dims not in range(4):
-        raise UserError(f"spatial_dims={dims}: 0 (vectors), 1 (sequences), 2 (maps) or 3 (volumes)")
-    if dims == 0 and latent is not None:
-        raise UserError(f"latent_channels={latent}: vectors (spatial_dims=0) have no autoencoder")
-
-
-def _check_process(chosen: Settings, timesteps: int, latent: int | None) -> None:
-    if latent is not None and not chosen.denoise:
-        raise UserError(f"latent_channels={latent}: nothing is denoised here; preset='paper' denoises scores")
-    steps, start = chosen.num_steps, chosen.start_timestep
-    if not steps <= start <= timesteps:
-        raise UserError(f"start_timestep={start}: between num_steps={steps} and train_timesteps={timesteps}")
