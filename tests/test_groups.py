@@ -40,7 +40,7 @@ class Net(nn.Module):
 def step_of(net, methods=(), frozen=()):
     images = torch.rand(2, 3, 8, 8)
     teacher = Net() if methods else None
-    distiller = Distiller(net, teacher, {"": ""} if methods else None, dict.fromkeys(methods, 1.0), images)
+    distiller = Distiller(net, teacher, {"": ""} if methods else None, dict(methods), images)
     return Step(distiller, 1.0, frozen)
 
 
@@ -86,7 +86,7 @@ def test_a_step_without_gradient_signal_shrinks_what_decays_alone(recipe):
 
 
 def test_learning_rates_by_path_the_longest_counts():
-    step = step_of(Net(), ["diffkd"])
+    step = step_of(Net(), {"diffkd": {"preset": "paper"}})
     recipe = Sgd(lr_factors={"block": 0.5, "block.1": 0.25, "head": 10.0, "method.diffkd": 2.0})
     optimizer = build_optimizer(recipe, step)
     set_lr(optimizer, 0.2)

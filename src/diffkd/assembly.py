@@ -17,7 +17,7 @@ from diffkd.errors import UserError
 from diffkd.methods.base import method_class
 from diffkd.models import base as models
 from diffkd.models.freeze import freeze
-from diffkd.models.measure import Cost, cost
+from diffkd.models.measure import Cost, cost, device_of
 from diffkd.models.weights import description, is_local, load_state, read_weights
 from diffkd.pictures.memory import mix_batch
 from diffkd.pictures.view import TestView
@@ -152,7 +152,7 @@ class Parts:
 
     def cost(self, side: Side) -> Cost:
         """What one model costs, measured on one test image."""
-        device = next(side.model.parameters()).device
+        device = device_of(side.model)
         prepared = self.task.prepare(self.task.frame(self.sample(1, device)), side.prepare)
         return cost(side.model, lambda: self.task.predict(side.model, prepared))
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import platform
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +49,7 @@ def cost(model: nn.Module, forward: Callable[[], object]) -> Cost:
     training = model.training
     model.eval()
     with torch.no_grad():
-        found = Cost(parameters(model), macs(forward), milliseconds(forward, _device(model)), size(model))
+        found = Cost(parameters(model), macs(forward), milliseconds(forward, device_of(model)), size(model))
     model.train(training)
     return found
 
@@ -110,6 +109,10 @@ def peak_memory(device: torch.device) -> int:
         found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         if found is not None:
             return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -141,5 +144,6 @@ class SavedBytes(saved_tensors_hooks):
         return tensor
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU for one that has none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

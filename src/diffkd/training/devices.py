@@ -2,15 +2,17 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
 
 from diffkd.errors import UserError
 from diffkd.recipe.schema import Recipe
+from diffkd.recipe.training import TrainerRecipe
 
 T = TypeVar("T")
 
@@ -40,6 +42,29 @@ def on_first(fabric: Fabric, work: Callable[[], T]) -> T:
     if said is not None:
         raise UserError(said)
     return found  # type: ignore[return-value]
+
+
+def gathered(fabric: Fabric, value: Any) -> list[Any]:
+    """The value of every process, in order."""
+    if fabric.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def expect_unused(fabric: Fabric, names: Sequence[str]) -> str:
+    """Has data-parallel training, before it is set up, expect weights without gradient; a line on them."""
+    if isinstance(fabric.strategy, DDPStrategy):
+        fabric.strategy._ddp_kwargs["find_unused_parameters"] = True
+    shown = ", ".join(name.removeprefix("distiller.") for name in names[:3])
+    return f"no gradient reaches {len(names)} weights, they stay as they are: {shown}"
+
+
+def fuses(fabric: Fabric, trainer: TrainerRecipe) -> bool:
+    """Whether the optimizer may run as one kernel: it cannot where gradients are both scaled and clipped."""
+    scaled_and_clipped = trainer.precision == "fp16" and trainer.clip_grad_norm is not None
+    return fabric.device.type == "cuda" and not scaled_and_clipped
 
 
 def is_first() -> bool:

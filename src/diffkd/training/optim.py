@@ -55,7 +55,7 @@ def parameter_groups(recipe: OptimizerRecipe, step: nn.Module) -> list[dict[str,
     paths = [] if isinstance(recipe.no_decay, str) else [path for path in recipe.no_decay if path != "auto"]
     for key, wanted in (("no_decay", paths), ("lr_factors", list(recipe.lr_factors))):
         for path in wanted:
-            if not any(_within(name, path) for name in named):
+            if path not in modules and path not in named:
                 known = [name for name in [*modules, *named] if name]
                 raise UserError(f"optimizer.{key}: no layer '{path}'{nearest(path, known)}")
     spared = _undecayed(named, modules) if recipe.no_decay == "auto" or "auto" in recipe.no_decay else set()

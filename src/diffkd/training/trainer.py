@@ -22,7 +22,8 @@ from diffkd.runs.places import check_folder, check_identity
 from diffkd.tasks.base import Figures
 from diffkd.training.balance import Balance
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state
-from diffkd.training.devices import on_first
+from diffkd.training.devices import expect_unused, fuses, gathered, on_first
+from diffkd.training.dryrun import try_step
 from diffkd.training.ema import Ema
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.length import Length
@@ -58,6 +59,7 @@ class Trainer:
             self.ema = Ema(parts.student.model, recipe.trainer.ema)
             self.ema.model.to(fabric.device)
         self.distiller, self.warnings = parts.distiller(sample)
+        torch.backends.cudnn.benchmark = isinstance(sample.images, Tensor)  # pictures of one size
         self._set_up()
 
     def _set_up(self) -> None:
@@ -78,6 +80,10 @@ class Trainer:
         self.length = Length.of(recipe.trainer, steps)
         self.batches_per_epoch = steps * recipe.trainer.accumulate
         step = parts.step(self.distiller)
+        alone = recipe.data.batch_size == fabric.world_size  # one picture a device
+        silent = try_step(step, parts.sample(1 if alone else 2), parts.student.name)
+        if silent:
+            self.warnings.append(expect_unused(fabric, silent))
         if recipe.trainer.channels_last:
             step.to(memory_format=torch.channels_last)
         if recipe.trainer.compile:
@@ -89,7 +95,8 @@ class Trainer:
         self.distiller.expect(self.length.total * recipe.trainer.accumulate)
         self.balance = Balance(self.distiller, recipe, fabric, steps)
         self.plain = step
-        self.step, self.optimizer = fabric.setup(step, build_optimizer(recipe.optimizer, step))
+        optimizer = build_optimizer(recipe.optimizer, step, fused=fuses(fabric, recipe.trainer))
+        self.step, self.optimizer = fabric.setup(step, optimizer)
         # What a model holds on purpose (a mask of minus infinities, say) says nothing of training.
         self._never_finite = set(not_finite(lasting(step)))
 
@@ -106,6 +113,8 @@ class Trainer:
         if self.folder.finished:
             self.reporter.note(f"the run in {self.folder.path} is finished")
             return self.folder
+        # What only the end needs is tried before the beginning.
+        self.costs = self._measure() if self.fabric.is_global_zero else {}
         # From here on every process draws its own noise.
         seed_everything(self.recipe.seed, self.fabric.global_rank)
         reset_peak_memory(self.fabric.device)
@@ -118,6 +127,10 @@ class Trainer:
         self._finish(place, teacher)
         self.fabric.barrier()  # nobody reads the student before it is written
         return self.folder
+
+    def _measure(self) -> dict[str, dict[str, float]]:
+        sides = {"student": self.parts.student, "teacher": self.parts.teacher}
+        return {what: self.parts.cost(side).as_dict() for what, side in sides.items() if side is not None}
 
     def _begin(self) -> Place:
         """Makes the folder, or finds the place where the run stopped."""
@@ -297,7 +310,7 @@ class Trainer:
         self._check_losses()
         self._check_weights(place)
         place.sums = self.meter.sums(self._all_reduce)
-        random = self._gather(random_state(self.fabric.device))
+        random = gathered(self.fabric, random_state(self.fabric.device))
         if self.fabric.is_global_zero:
             state = {
                 "model": self.plain.state_dict(),
@@ -330,14 +343,6 @@ class Trainer:
         assert isinstance(reduced, Tensor)
         return reduced
 
-    def _gather(self, value: Any) -> list[Any]:
-        """The value of every process, in order."""
-        if self.fabric.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.fabric.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
     def _best(self, history: History) -> dict[str, float] | None:
         """The first row with the best figure."""
         task = self.parts.task
@@ -369,7 +374,7 @@ class Trainer:
             "arrays": place.arrays,
             "class_names": list(parts.data.class_names),
             "best": {name: best[name] for name in figures} | {k: best[k] for k in ("epoch", "step")},
-            "student": {"model": parts.student.name, **parts.cost(self.shipped).as_dict()},
+            "student": {"model": parts.student.name, **self.costs["student"]},
             "teacher": None,
             "epochs": self.length.told_epochs(place.step),
             "steps": place.step,
@@ -387,7 +392,7 @@ class Trainer:
                 "model": parts.teacher.name,
                 "weights": parts.teacher.weights,
                 **teacher,
-                **parts.cost(parts.teacher).as_dict(),
+                **self.costs["teacher"],
             }
         self.folder.write_summary(summary)
 

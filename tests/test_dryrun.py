@@ -1,0 +1,120 @@
+"""What fails in training alone shows before any work; checkpoints hold nothing that is not finite."""
+
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffkd.errors import UserError
+from diffkd.recipe.schema import load
+from diffkd.runs.console import Reporter
+from diffkd.runs.folder import RunFolder, load_checkpoint
+from diffkd.training.fit import fit
+
+MODELS = """
+import collections
+import torch
+from torch import nn
+
+Outputs = collections.namedtuple("AuxOutputs", "logits aux")
+
+class Net(nn.Module):
+    def __init__(self, num_classes, kind):
+        super().__init__()
+        self.body, self.kind = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes)), kind
+        self.unused = nn.Linear(3, 3)
+        self.steps = 0
+
+    def forward(self, images):
+        out = self.body(images)
+        self.steps += self.training
+        if self.training and self.kind == "outputs":
+            return Outputs(out, out)
+        if self.training and self.kind == "poison" and self.steps == 6:  # the dry run is the first
+            out.register_hook(lambda grad: grad * float("nan"))
+        return out
+
+def unused(num_classes): return Net(num_classes, "unused")
+def outputs(num_classes): return Net(num_classes, "outputs")
+def poison(num_classes): return Net(num_classes, "poison")
+
+def teacher(num_classes):
+    class Runtime(nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, :num_classes]
+    return Runtime()
+
+def norm(num_classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, num_classes))
+"""
+
+
+@pytest.fixture
+def run(tiny, tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *words):
+        reporter, said = Reporter(quiet=True), []
+        reporter.warn = said.append
+        student = [f"student=nets.py:{name}"] if name else []
+        words = [*student, f"output={tmp_path / 'a'}", *words]
+        return fit(load(str(tiny), words), reporter), said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("outputs", (), r"fails: .*AuxOutputs.*auxiliary outputs"),
+        ("norm", ("data.batch_size=1",), r"1 picture fails: .*give every device 2 pictures or more"),
+    ],
+)
+def test_what_fails_in_training_mode_alone_is_refused_before_any_work(run, tmp_path, name, words, line):
+    with pytest.raises(UserError, match=line):
+        run(name, "method=none", *words)
+    assert not (tmp_path / "a").exists()
+
+
+def test_weights_without_gradient_are_said_and_do_not_stand_in_the_way_of_resume(run, tmp_path):
+    words = ["method=none", "optimizer=adamw", "trainer.epochs=3"]
+    whole, said = run("unused", *words)
+    assert any("no gradient reaches 2 weights" in line and "unused.weight" in line for line in said)
+    weights = load_file(whole.student_file)
+    (whole.path / "summary.json").unlink()
+    whole.list_checkpoints()[-1].unlink()
+    again, _ = run("unused", "resume=true", *words)
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(again.student_file).items())
+
+
+def test_a_nan_gradient_in_the_last_step_of_an_epoch_poisons_no_checkpoint(run, tmp_path):
+    with pytest.raises(UserError, match=r"not finite after step 5, though .*no checkpoint was saved"):
+        run("poison", "method=none")
+    with pytest.raises(UserError, match=r"not finite after step 5, though .*last good .* is step-000000004"):
+        run("poison", "method=none", "resume=true", "trainer.save_every=4")
+    for path in RunFolder(tmp_path / "a").list_checkpoints():
+        assert all(v.isfinite().all() for v in load_checkpoint(path)["model"].values())
+
+
+def test_a_teacher_without_weights_teaches_to_the_end(run):
+    folder, _ = run("", "teacher=nets.py:teacher", "method=kd", "taps={'': ''}", "trainer.epochs=1")
+    assert folder.read_summary()["teacher"]["parameters"] == 0
+
+
+def test_fit_runs_in_a_thread(run):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run("unused", "method=none", "trainer.epochs=1")))
+    thread.start()
+    thread.join()
+    assert found[0][0].finished
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["trainer.devices=1000", "trainer.threads=1000000000", "data.workers=100000", "trainer.strategy=fsdp"],
+)
+def test_numbers_beyond_all_machines_and_what_cannot_work_are_refused(run, words):
+    with pytest.raises(UserError, match=words.partition("=")[0]):
+        run("unused", "method=none", words)
