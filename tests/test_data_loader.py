@@ -147,6 +147,20 @@ def test_batches_that_do_not_fit_are_refused_with_those_that_do(size, processes,
         Loader(Noisy(), size, shuffle=True, world_size=processes)
 
 
+def test_runs_of_one_command_read_their_data_once(tmp_path, monkeypatch):
+    tree(tmp_path)
+    from diffkd.data import base
+
+    options = {"image_size": 8, "val_fraction": 0.25}
+    with base.data_kept():
+        first = base.build("folder", str(tmp_path), options)
+        with base.data_kept():
+            assert base.build("folder", str(tmp_path), dict(reversed(options.items()))) is first
+        assert base.build("folder", str(tmp_path), options | {"flip": False}) is not first
+    assert base.build("folder", str(tmp_path), options) is not first
+    assert first.summary == "2 classes, 6 + 2 pictures"
+
+
 def test_a_sample_that_is_none_is_left_out():
     class Holes(Noisy):
         def __getitem__(self, index):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffkd import __version__
 from diffkd.batch import Batch
-from diffkd.data.base import Data, Loader, Split, builder
+from diffkd.data.base import Data, Loader, Split, build
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.methods.base import method_class
@@ -102,6 +102,7 @@ class Parts:
 
     def notes(self) -> Iterator[str]:
         """What data and models decided for the user, in lines."""
+        yield f"data: {self.data.summary}"
         yield from self.data.notes
         for what, side in (("student", self.student), ("teacher", self.teacher)):
             if side is not None:
@@ -197,7 +198,7 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
     """
     check_options(recipe)
     _check_labels(recipe)
-    data = builder(recipe.data.name)(recipe.data.root, **recipe.data.options)
+    data = build(recipe.data.name, recipe.data.root, recipe.data.options)
     task = task_class(recipe.task.name)(data, **recipe.task.options)
     student = build_side(recipe.student, data, resizes=task.resizes)
     teacher = None

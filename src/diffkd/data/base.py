@@ -1,6 +1,8 @@
 """What a data set is, and the loader that deals its samples out in a repeatable order."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -58,7 +60,7 @@ Split = BatchedSplit | Samples
 
 @dataclass(frozen=True)
 class Data:
-    """A data set ready to train on.
+    """A data set ready to train on. Whoever builds it may keep it: nothing changes it.
 
     Attributes:
         train, test: the two splits; the train split augments, the test split does not.
@@ -82,6 +84,16 @@ class Data:
     view: TestView | None = None
     collate: Callable[[list[Any]], Batch] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """How much there is, in a line.
+
+        >>> Data(range(1800), range(360), 12, (3, 8, 8)).summary
+        '12 classes, 1,800 + 360 pictures'
+        """
+        classes = "" if self.num_classes is None else f"{self.num_classes} classes, "
+        return f"{classes}{len(self.train):,} + {len(self.test):,} pictures"
 
 
 def of_pictures(
@@ -159,6 +171,42 @@ def builder(name: str) -> Callable[..., Data]:
     if "dataset" not in options_of(build):
         raise UserError(f"data '{source}' is one data set: leave out '/{dataset}'")
     return partial(build, dataset=dataset)
+
+
+_kept: ContextVar[dict[str, Data] | None] = ContextVar("_kept", default=None)
+
+
+@contextmanager
+def data_kept() -> Iterator[None]:
+    """Within, `build` reads a data set once: several runs of one command share it.
+
+    Not one of the user's own, for its code may change what it holds while a run goes on.
+
+    >>> with data_kept():
+    ...     build("digits", None, {}) is build("digits", None, {})
+    True
+    """
+    token = _kept.set({} if _kept.get() is None else _kept.get())
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def build(name: str, root: str | None, options: dict[str, Any]) -> Data:
+    """The data set of a name, a root and options, as `builder` finds it.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    kept = _kept.get()
+    if kept is None or is_path(name):
+        return builder(name)(root, **options)
+    key = repr((name, root, sorted(options.items())))
+    if key not in kept:
+        kept.clear()  # one at a time: a data set may fill the memory
+        kept[key] = builder(name)(root, **options)
+    return kept[key]
 
 
 def names() -> list[str]:

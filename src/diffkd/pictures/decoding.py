@@ -58,25 +58,32 @@ def decode(
 
 @contextmanager
 def opened(picture: Path | bytes) -> Iterator[Image.Image]:
-    """A picture whose header is read and nothing else.
+    """A picture whose pixels are not decoded yet.
 
     Raises:
         ValueError: the file is empty or not a regular file. Pillow's errors pass.
     """
-    if isinstance(picture, Path) and picture.exists() and not picture.is_file():
-        raise ValueError("it is not a regular file")
+    _check_regular(picture)
     content = picture if isinstance(picture, bytes) else picture.read_bytes()
-    if not content:
-        raise ValueError("it is empty (0 bytes)")
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked after drafting
-    try:
-        found = Image.open(BytesIO(content), formats=_FORMATS)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    with found:
+    with _open(BytesIO(content)) as found:
         if found.format == "PNG":
             found.info["sBIT"] = _significant_bits(content)
         yield found
+
+
+def _check_regular(picture: Path | bytes) -> None:
+    if isinstance(picture, Path) and picture.exists() and not picture.is_file():
+        raise ValueError("it is not a regular file")
+    if not (picture if isinstance(picture, bytes) else picture.stat().st_size):
+        raise ValueError("it is empty (0 bytes)")
+
+
+def _open(picture: Path | BytesIO) -> Image.Image:
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked after drafting
+    try:
+        return Image.open(picture, formats=_FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _shrink(picture: Image.Image, at_least: int | None, max_pixels: int) -> None:
@@ -142,7 +149,8 @@ def header(picture: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
     try:
         if isinstance(picture, Image.Image):
             return picture.height, picture.width
-        with opened(picture) as found:
+        _check_regular(picture)
+        with _open(picture if isinstance(picture, Path) else BytesIO(picture)) as found:
             return found.height, found.width
     except Exception as error:
         raise _unreadable(name, error) from error

@@ -67,6 +67,11 @@ class Files:
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def paths(self) -> list[str]:
+        """Paths of all pictures, relative to the folder."""
+        return [self.path(index) for index in range(len(self))]
+
     def path(self, index: int) -> str:
         """Path of one picture, relative to the folder."""
         start = self._ends[index - 1] if index else 0
@@ -168,12 +173,20 @@ class Pictures:
         rows = [row for row in map(self.__getitem__, range(len(self))) if row is not None]
         return [row if isinstance(row, tuple) else (row, None) for row in rows]
 
-    def unreadable(self) -> list[str]:
-        """What is wrong with the pictures whose headers cannot be read, a line each."""
+    def picture(self, place: int) -> tuple[str, Path | bytes | Image.Image]:
+        """What an error calls the picture at a place, and the picture, not decoded."""
+        return self.source[place][:2]
+
+    def unreadable(self, limit: int = 50_000) -> list[str]:
+        """What is wrong with the pictures whose headers cannot be read, a line each.
+
+        Args:
+            limit: so many are looked at, evenly spread.
+        """
         found = []
-        for index in range(len(self)):
+        for place in _spread(len(self), limit):
             try:
-                name, picture, _ = self.source[index]
+                name, picture = self.picture(place)
                 header(picture, name)
             except UserError as error:
                 found.append(str(error))

@@ -1,6 +1,7 @@
 """One batch through everything, and what it shows: shapes, costs, losses, who learns."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 import torch
 from rich.console import Console
@@ -11,6 +12,7 @@ from diffkd.assembly import Parts, assemble, check_outputs
 from diffkd.distiller import Distiller
 from diffkd.maths.randomness import seed_everything
 from diffkd.models.measure import SavedBytes
+from diffkd.pictures.files import Pictures
 from diffkd.recipe.schema import Recipe
 from diffkd.report.summary import quantity, size
 from diffkd.training.balance import gradient_norms
@@ -40,7 +42,7 @@ def check_recipe(recipe: Recipe) -> None:
     pulls = {name: norm.item() for name, norm in _pulls(losses, distiller).items()}
     total.backward()  # type: ignore[no-untyped-call]
     console = Console(highlight=False, soft_wrap=True, width=None if Console().is_terminal else 130)
-    for note in _notes(parts, warnings):
+    for note in chain(_notes(parts, warnings), _unreadable(parts)):
         console.print(note, markup=False)
     if distiller.pairs:
         console.print(_taps(distiller))
@@ -89,6 +91,14 @@ def _notes(parts: Parts, warnings: list[str]) -> list[str]:
     if parts.teacher is not None and teacher is not None and teacher.weights is None:
         notes.append("teacher: fresh weights here (a check trains nothing)")
     return notes + [f"warning: {line}" for line in warnings]
+
+
+def _unreadable(parts: Parts) -> Iterator[str]:
+    """Pictures whose headers cannot be read, before they stop a training."""
+    for what, split in (("training", parts.data.train), ("test", parts.data.test)):
+        found = split.unreadable() if isinstance(split, Pictures) else []
+        if found:
+            yield f"warning: {len(found)} of {len(split)} {what} pictures are unreadable: {found[0]}"
 
 
 def _table(title: str, *columns: str) -> Table:

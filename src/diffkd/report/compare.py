@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from diffkd.assembly import assemble, check_outputs
+from diffkd.data.base import data_kept
 from diffkd.errors import UserError
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import MethodRecipe, Recipe, dump, load
@@ -98,6 +99,7 @@ class PlannedRun:
         return f"{self.method}, seed {self.recipe.seed}"
 
 
+@data_kept()
 def compare(wanted: Wanted) -> None:
     """Finds or makes every run, prints the table, writes the report.
 

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 
 from lightning.fabric import Fabric
 
+from diffkd.data.base import data_kept
 from diffkd.maths.randomness import cpu_threads
 from diffkd.models.weights import load_weights
 from diffkd.recipe.schema import Recipe
@@ -30,7 +31,7 @@ def fit(recipe: Recipe, reporter: Reporter | None = None) -> RunFolder:
         reporter.active = reporter.active and fabric.is_global_zero
         if recipe.trainer.devices == "auto" and fabric.world_size > 1:
             reporter.note(f"devices: all {fabric.world_size} that are here; trainer.devices=1 takes one")
-        with cpu_threads(recipe.trainer.threads):
+        with cpu_threads(recipe.trainer.threads), data_kept():
             return _fit(recipe, fabric, reporter)
 
 

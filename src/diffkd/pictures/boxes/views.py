@@ -1,6 +1,7 @@
 """Pictures with their boxes as detectors see them: resized, and changed at random together to train on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,11 @@ class BoxPictures(Pictures):
         self.view = options.train_view() if training else options.test_view()
         super().__init__(source, self.view, options.max_corrupt, leave_out=not training)  # type: ignore[arg-type]
         self.annotated, self.training, self.mosaic = source, training, options.mosaic
+
+    def picture(self, place: int) -> tuple[str, Path]:
+        """What an error calls the picture at a place, and its file."""
+        path = self.annotated.place(place)
+        return str(path), path
 
     def sample(self, place: int) -> tuple[Tensor, dict[str, Any]]:
         """Picture and boxes at a place.
