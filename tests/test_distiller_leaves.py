@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffkd import Distiller
+from diffkd import Distiller, UserError
 
 
 def net(width):
@@ -104,3 +104,41 @@ def test_entries_of_an_output_can_be_named(taps):
     distiller = Distiller(Scores(4), Scores(8), taps, "kd", IMAGES)
     assert distiller.pairs[0].is_logits
     assert bool(distiller(IMAGES).total.isfinite())
+
+
+def test_a_closed_distiller_lets_the_teacher_go():
+    student = net(4)
+    with Distiller(student, net(8), TAPS, "fitnet", IMAGES) as distiller:
+        assert bool(distiller(IMAGES).total.isfinite())
+    assert distiller.teacher is None
+    assert distiller.student is student
+    with pytest.raises(UserError, match="this Distiller is closed"):
+        distiller(IMAGES)
+
+
+def test_methods_by_word_add_up():
+    student, teacher = net(4), net(8)
+    both = Distiller(student, teacher, TAPS, "dist+kd", IMAGES)
+    assert list(both.methods) == ["dist", "kd"]
+    dist, kd = (Distiller(student, teacher, TAPS, name, IMAGES)(IMAGES).total for name in ("dist", "kd"))
+    torch.testing.assert_close(both(IMAGES).total, dist + kd)
+    both.weights["kd"] = 0.0
+    torch.testing.assert_close(both(IMAGES).total, dist)
+
+
+def test_own_methods_of_one_class_name_both_count(tmp_path):
+    code = """
+import torch
+from diffkd import Method
+class My(Method):
+    def __init__(self, setup):
+        super().__init__()
+    def forward(self, student, teacher, batch):
+        return {"kd": torch.tensor(%s)}
+"""
+    names = []
+    for name, value in (("a", 1.0), ("b", 2.0), ("c", 4.0)):
+        (tmp_path / f"{name}.py").write_text(code % value)
+        names.append(f"{tmp_path}/{name}.py:My")
+    losses = Distiller(net(4), net(8), TAPS, dict.fromkeys(names, 1.0), IMAGES)(IMAGES)
+    assert {k: float(v) for k, v in losses.items()} == {"My.kd": 1.0, "My_2.kd": 2.0, "My_3.kd": 4.0}

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,8 @@ class Distiller(nn.Module):
         taps: student layer path to teacher layer path; "" is the model's output. None takes what
             the methods want: the last feature map and the output, or one map per resolution.
         methods: names with a weight, with options (`{"diffkd": {"weight": 1.0, "num_steps": 3}}`),
-            or with a function of the `Setup` that builds the method; a name alone has its paper's weight.
+            or with a function of the `Setup` that builds the method; names alone
+            (`"diffkd+kd"`) have their papers' weights. Two of one class name are called `My` and `My_2`.
             The weight "auto" starts there too; `diffkd`'s own training loop then measures and sets it.
         sample: a batch (images alone will do) for the dry run that probes channels and layouts.
         run: how a model is called with a batch.
@@ -109,6 +110,11 @@ class Distiller(nn.Module):
         student_input, teacher_input: modules that turn the batch's images into what each model
             wants (size, normalisation); None passes them on.
         num_classes, dataset_size: for methods that need them.
+
+    Attributes:
+        weights: what each method's losses are multiplied with, by its name in the losses. A loop may change
+            them between steps: `distiller.weights["kd"] = 1 - progress`.
+        pairs: what learns from what.
 
     Raises:
         UserError: a layer, method or option does not exist, or a method cannot serve these models.
@@ -141,6 +147,7 @@ class Distiller(nn.Module):
         dataset_size: int | None = None,
     ) -> None:
         super().__init__()
+        self._closed = False
         shared = (
             {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()} if teacher else ()
         )
@@ -153,7 +160,7 @@ class Distiller(nn.Module):
         self._roles = task or _Plain(run)
         if sample is None:
             raise UserError("give sample=, a batch of images for the dry run that finds channels and layouts")
-        builders = chosen_methods({methods: {}} if isinstance(methods, str) else methods)
+        builders = chosen_methods(dict.fromkeys(methods.split("+")) if isinstance(methods, str) else methods)
         if teacher is None and builders:
             raise UserError(f"method '{next(iter(builders))}' needs a teacher")
         self.weights = {name: choice.weight for name, choice in builders.items()}
@@ -170,6 +177,23 @@ class Distiller(nn.Module):
             wanted = _wanted(self.pairs, build if taps is None else None, self._stages)
             setup = Setup(wanted, student, teacher, num_classes, dataset_size)
             self.methods[name] = build(setup).to(_device(student))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, batch: Any) -> Losses:
+            """As `forward`."""
+
+    def close(self) -> None:
+        """Lets the teacher go. The student stays as it is; it never carried anything of the Distiller."""
+        self._frozen, self._closed = (), True
+        if self.pairs:
+            del self._student_taps, self._teacher_taps
+
+    def __enter__(self) -> "Distiller":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -238,6 +262,8 @@ class Distiller(nn.Module):
 
     def _framed(self, batch: Any) -> Batch:
         """The batch as both models see it."""
+        if self._closed:
+            raise UserError("this Distiller is closed: its teacher is gone; make another one")
         return self._roles.frame(as_batch(batch))
 
     def _taught(self, batch: Batch) -> dict[str, Tensor]:

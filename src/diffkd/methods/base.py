@@ -271,7 +271,11 @@ def chosen_methods(methods: Mapping[str, MethodChoice]) -> dict[str, Chosen]:
         raise UserError('methods: a name, or names with weights such as {"diffkd": 1.0, "kd": 0.5}')
     found: dict[str, Chosen] = {}
     for name, choice in methods.items():
-        key = name.rpartition(":")[2].replace(".", "_")
+        stem = key = name.rpartition(":")[2].replace(".", "_")
+        count = 1
+        while key in found:  # of another file
+            count += 1
+            key = f"{stem}_{count}"
         weight: float | str | None = None
         if choice is None or isinstance(choice, Mapping):
             options = dict(choice or {})

@@ -151,6 +151,8 @@ class DiffKD(nn.Module):
         if self.settings.warmup:
             self.waits.fill_(round(passes * self.settings.warmup))
 
+    __call__: Callable[..., DiffKDOutput]  # so that editors complete `.loss`
+
     def forward(
         self, student_feature: Tensor, teacher_feature: Tensor, valid: Tensor | None = None
     ) -> DiffKDOutput:
