@@ -173,7 +173,7 @@ def test_a_mistake_names_its_key_in_one_line(tmp_path, override):
     [
         ("method.diffkd.numsteps=3", "method.diffkd.numsteps: unknown key; did you mean 'num_steps'"),
         ("method.diffkd.num_steps=three", "method.diffkd.num_steps: needs a whole number, got 'three'"),
-        ("method=diffdk", "unknown method 'diffdk'; did you mean 'diffkd'?"),
+        ("method=diffdk", "unknown method 'diffdk'; did you mean 'diffkd' or 'ifvd'?"),
         ("data.batchsize=3", "data.batchsize: unknown key; did you mean 'batch_size'"),
         ("data=digit", "unknown data set 'digit'; did you mean 'digits'?"),
         ("task.label_smothing=0.1", "task.label_smothing: unknown key; did you mean 'label_smoothing'?"),
