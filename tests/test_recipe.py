@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -235,5 +236,81 @@ def test_dump_is_plain_yaml(tmp_path):
 def test_whole_sections_come_before_what_is_in_them():
     words = ["data.root=here", "teacher.mean=[0.5]", "method.kd.temperature=2", "data=table", "method=kd"]
     found = load("digits", [*words, "teacher.model=simple/cnn8"])
-    assert (found.data.name, found.data.root, found.teacher.mean) == ("table", "here", [0.5])
+    assert (found.data.name, Path(found.data.root), found.teacher.mean) == (
+        "table",
+        Path.cwd() / "here",
+        [0.5],
+    )
     assert found.method["kd"].options == {"temperature": 2}
+
+
+@pytest.mark.parametrize(
+    "text", ["2024", "no", "pets: new", "pets #2", "2024-11-25", "~pets", "0x_", "[a", "a b", "1e3"]
+)
+def test_words_of_text_are_the_text(text):
+    found = load("folder", [f"data.root={text}", f"output={text}", f"teacher.weights={text}"])
+    assert Path(found.data.root) == Path.cwd() / text
+    assert (found.output, found.teacher.weights) == (text, text)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lr=1", "optimizer.lr"),
+        ("epochs=3", "trainer.epochs"),
+        ("batch_size=3", "data.batch_size"),
+        ("ema=0.9", "trainer.ema"),
+        ("device=cuda", "trainer.accelerator"),
+        ("root=here", "data.root"),
+        ("momentum=0.9", "optimizer.momentum"),
+        ("size=32", "teacher.size"),
+    ],
+)
+def test_a_key_at_the_wrong_place_leads_to_the_right_one(word, meant):
+    with pytest.raises(UserError) as caught:
+        load("digits", [word])
+    key = word.partition("=")[0]
+    assert (
+        str(caught.value)
+        == f"recipe 'digits' with the command line: {key}: unknown key; did you mean '{meant}'?"
+    )
+
+
+def test_all_known_keys_are_listed():
+    with pytest.raises(UserError, match=r"known: accelerator, .*, threads") as caught:
+        load("digits", ["trainer.zzzzzzzz=1"])
+    assert "..." not in str(caught.value)
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefghijk", "bcdefghijkl", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "seed: 0x_",
+        "seed: !!bool maybe",
+        "a: " + "[" * 500 + "]" * 500,
+        "? {a: 1}\n: 2",
+        "a: !!python/name:os.system",
+        "a: &a [*a]",
+    ],
+)
+def test_odd_yaml_is_one_line(tmp_path, text):
+    with pytest.raises(UserError) as caught:
+        recipe(tmp_path, text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_options_of_a_method_of_ones_own_and_of_one_that_is_not_used(tmp_path):
+    words = ["method=my_losses:MyLoss", "method.my_losses:MyLoss.power=1.5"]
+    assert recipe(tmp_path, TINY, *words).method["my_losses:MyLoss"].options == {"power": 1.5}
+    words = ["method=a/b.py:My", "method.a/b.py:My.power=1.5"]
+    assert recipe(tmp_path, TINY, *words).method["a/b.py:My"].options == {"power": 1.5}
+    with pytest.raises(UserError, match="'diffkd' is not among the methods \\(kd\\); say method=kd,diffkd"):
+        recipe(tmp_path, TINY, "method=kd", "method.diffkd.num_steps=2")

@@ -1,12 +1,18 @@
 """Weights of every origin: what matched is said, what does not fit or could run code is refused."""
 
+import argparse
+import datetime
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from diffkd.errors import UserError
-from diffkd.models.weights import is_local, load_weights
+from diffkd.models.weights import is_local, load_state, load_weights, read_weights
 
 
 def net(classes=5, width=4):
@@ -117,3 +123,97 @@ def test_names_of_published_weights_are_no_places(tmp_path):
     assert not is_local("pretrained")
     assert is_local("weights.pth")
     assert is_local(str(tmp_path))
+
+
+def test_files_as_training_scripts_write_them(tmp_path):
+    source, model = net(), net()
+    script = {
+        "args": argparse.Namespace(lr=0.1, data=Path("photos"), betas=(0.9, 0.999)),
+        "meta": {"time": datetime.datetime(2024, 1, 2, 3, 4), "zone": datetime.UTC},
+        "best": np.float64(0.5),
+        "step": np.int32(7),
+        "curve": np.arange(3.0),
+        "seen": defaultdict(int, a=1),
+        "state_dict": source.state_dict(),
+    }
+    torch.save(script, tmp_path / "a.pth")
+    load_weights(model, tmp_path / "a.pth", name="net")
+    assert same(model, source)
+
+
+class Config:
+    pass
+
+
+def test_a_type_that_is_not_harmless_is_named_with_the_way_out(tmp_path):
+    torch.save({"config": Config(), "state_dict": net().state_dict()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"test_weights\.Config, which could run code.*save_file"):
+        load_weights(net(), tmp_path / "a.pth", name="net")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>Not Found</html>", "an HTML page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_what_is_no_weights_is_called_what_it_is(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_weights(net(), tmp_path / name, name="net")
+
+
+def test_no_tensors_and_odd_tensors(tmp_path):
+    save_file({}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="holds no weights"):
+        load_weights(net(), tmp_path / "a.safetensors", name="net")
+    torch.save({"0.weight": torch.zeros(2, 2).to_sparse()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"'0\.weight' is no plain tensor"):
+        load_weights(net(), tmp_path / "a.pth", name="net")
+    torch.save({0: torch.zeros(2)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="keys missing"):
+        load_weights(net(), tmp_path / "a.pth", name="net")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.model.module.", "module.module.net.", "model._orig_mod.module.model."]
+)
+def test_prefixes_in_any_depth_and_order(prefix, tmp_path):
+    source, model = net(), net()
+    torch.save({prefix + k: v for k, v in source.state_dict().items()}, tmp_path / "a.pth")
+    load_weights(model, tmp_path / "a.pth", name="net")
+    assert same(model, source)
+
+
+def test_auxiliary_heads_are_left_out_and_said(tmp_path):
+    source, model = net(), net()
+    extra = {"aux1.fc.weight": torch.zeros(2), "AuxLogits.bias": torch.zeros(2)}
+    torch.save({**source.state_dict(), **extra}, tmp_path / "a.pth")
+    assert load_weights(model, tmp_path / "a.pth", name="net").note.endswith(
+        "auxiliary heads left out (AuxLogits, aux1)"
+    )
+    assert same(model, source)
+
+
+def test_a_checkpoint_of_a_run(tmp_path):
+    source, model = net(), net()
+    state = {f"distiller.student.{k}": v for k, v in source.state_dict().items()}
+    state["distiller.methods.kd.x"] = torch.zeros(2)
+    torch.save({"model": state, "optimizer": {}, "ema": None, "place": {"step": 3}}, tmp_path / "step-3.pt")
+    load_weights(model, tmp_path / "step-3.pt", name="net")
+    assert same(model, source)
+
+
+def test_other_names_in_the_same_order(tmp_path):
+    source, model = net(), net()
+    renamed = {f"layer{i}": v for i, v in enumerate(source.state_dict().values())}
+    renamed = {k if v.dim() else f"{k}.num_batches_tracked": v for k, v in renamed.items()}
+    torch.save(renamed, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="order and shapes agree: weights_by_order=true takes them so"):
+        load_weights(model, tmp_path / "a.pth", name="net")
+    tensors, said = read_weights(tmp_path / "a.pth")
+    assert load_state(model, tensors, said, name="net", by_order=True).note.endswith("taken by their order")
+    assert same(model, source, but="1.num_batches_tracked")

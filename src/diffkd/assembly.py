@@ -269,7 +269,12 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
         side.notes.append(f"pictures of {height}x{width} resized to {size}x{size}")
     if weights.state:
         loaded = load_state(
-            model, weights.state, weights.source, name=wanted.model, num_classes=data.num_classes
+            model,
+            weights.state,
+            weights.source,
+            name=wanted.model,
+            num_classes=data.num_classes,
+            by_order=wanted.weights_by_order,
         )
         side.weights, side.fresh_head = weights.published or wanted.weights, loaded.fresh_head
         side.notes.append(loaded.note)

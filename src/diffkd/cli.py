@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffkd import __version__
-from diffkd.errors import UserError
+from diffkd.errors import UserError, plain
 
 if TYPE_CHECKING:
     from diffkd.recipe.schema import Recipe
@@ -75,12 +75,18 @@ def compare(
 
 
 @app.command()
-def evaluate(run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Evaluate a run's student on its test data again."""
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Where the data are, or other data: data.root=..."),
+    ] = None,
+) -> None:
+    """Evaluate a run's student on its test data again, or on other data."""
     from diffkd.report.evaluation import evaluate_run
 
-    for line in evaluate_run(run):
-        print(line)
+    for line in evaluate_run(run, overrides or []):
+        print(plain(line))
 
 
 @app.command()
@@ -165,6 +171,7 @@ def _run(recipe: "Recipe") -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit status 2."""
+    _end_with_parent()
     try:
         app()
     except UserError as error:
@@ -181,9 +188,22 @@ def main() -> None:
         _stop(str(error), 128 + error.signal)  # type: ignore[attr-defined]
 
 
+def _end_with_parent() -> None:
+    """Where another diffkd started this one, Linux ends it (as TERM does) as soon as that one is gone."""
+    parent = os.environ.pop("DIFFKD_PARENT", None)
+    if parent is None or sys.platform != "linux":
+        return
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if str(os.getppid()) != parent:  # gone already
+        raise SystemExit(128 + signal.SIGTERM)
+
+
 def _stop(line: str, status: int) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # of several processes one speaks
-        print(line, file=sys.stderr)
+        print(plain(line), file=sys.stderr)
     raise SystemExit(status)
 
 

@@ -26,8 +26,17 @@ def nearest(word: str, choices: Iterable[str], limit: int = 3) -> str:
         return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
     if not names:
         return ""
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"; known: {shown}"
+    return f"; known: {', '.join(names)}"
+
+
+def plain(text: str, most: int = 4000) -> str:
+    r"""A text that a terminal shows as it is: one line, no codes that move the cursor, not endless.
+
+    >>> plain("a\x1b[31m\nb")
+    'a\\x1b[31m b'
+    """
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else f"\\x{ord(c):02x}" for c in text)
+    return shown if len(shown) <= most else f"{shown[:most]} ... ({len(shown) - most:,} more characters)"
 
 
 def kind_of(value: Any) -> str:

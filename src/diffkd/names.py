@@ -17,6 +17,30 @@ from diffkd.errors import UserError, nearest
 T = TypeVar("T")
 
 
+def check_kind(name: str, found: Any, what: str, kinds: tuple[type, ...] = ()) -> None:
+    """Checks that what a name outside the library stands for is what it is asked for, before it is called.
+
+    Args:
+        name: as the user wrote it.
+        found: what it stands for.
+        what: it ought to be: "a function that builds a model", say.
+        kinds: classes of which `found` may be a subclass; where there are none, any class may come.
+
+    Raises:
+        UserError: it is no function or class of that kind, or part of Python itself.
+
+    >>> import os
+    >>> check_kind("os:system", os.system, "a function that builds a model")
+    Traceback (most recent call last):
+    diffkd.errors.UserError: 'os:system' is part of Python, not a function that builds a model
+    """
+    if name.rpartition(":")[0].partition(".")[0] in sys.stdlib_module_names or inspect.isbuiltin(found):
+        raise UserError(f"'{name}' is part of Python, not {what}")
+    fits = (not kinds or issubclass(found, kinds)) if inspect.isclass(found) else callable(found)
+    if not fits or inspect.ismodule(found):
+        raise UserError(f"'{name}' is not {what}")
+
+
 def is_path(name: str) -> bool:
     """Whether `name` points outside the library: `package.module:Name` or `folder/file.py:Name`.
 
@@ -78,7 +102,7 @@ def _load_file(path: Path) -> ModuleType:
 
 def _load_module(where: str, name: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.append(str(Path.cwd()))
     try:
         return importlib.import_module(where)
     except Exception as error:
@@ -141,7 +165,7 @@ def _imported(node: ast.AST, place: Path, root: Path) -> Iterator[tuple[Path, li
 
 
 # Files of a room that serve the others there and are not among its choices.
-SUPPORT = ("base", "detectors", "freeze", "measure", "query_detectors", "weights")
+SUPPORT = ("base", "detectors", "freeze", "measure", "query_detectors", "tensors", "weights")
 
 
 def submodules(package: str) -> list[str]:

@@ -1,5 +1,6 @@
 """What a data set is, and the loader that deals its samples out in a repeatable order."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
 from diffkd.maths.randomness import generators_kept, mix, seed_sample
-from diffkd.names import is_path, load_object, load_submodule, options_of, submodules
+from diffkd.names import check_kind, is_path, load_object, load_submodule, options_of, submodules
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Source, shared_pictures
 from diffkd.pictures.memory import ArraySplit, channel_statistics
 from diffkd.pictures.view import TestView
@@ -161,8 +162,11 @@ def builder(name: str) -> Callable[..., Data]:
     """
     if is_path(name):
         found = load_object(name)
-        if not callable(found):
-            raise UserError(f"data '{name}' is not a function")
+        what = "a function `build(root, *, option=...)` that gives a diffkd.Data"
+        check_kind(name, found, what)
+        takes = inspect.signature(found).parameters.values()
+        if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in takes) > 1:
+            raise UserError(f"'{name}' is not {what}: all but the first argument are keywords")
         return found  # type: ignore[no-any-return]
     source, slash, dataset = name.partition("/")
     build = load_submodule("diffkd.data", source, "data set").build

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.errors import UserError, nearest
-from diffkd.names import is_path, load_object, load_submodule, submodules
+from diffkd.names import check_kind, is_path, load_object, load_submodule, submodules
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def _source(name: str) -> tuple[ModuleType, str]:
 
 def _build_outside(name: str, known: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     function = load_object(name)
-    if not callable(function):
-        raise UserError(f"model '{name}' is not a function or class")
+    check_kind(name, function, "a function that builds a model, or a torch.nn.Module", (nn.Module,))
     takes = inspect.signature(function).parameters
     if not _open_ended(function):
         _check_options(name, function, options)

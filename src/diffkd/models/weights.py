@@ -1,7 +1,7 @@
 """Weights from a file into a model, with an account of what matched."""
 
 import json
-import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
+from diffkd.models.tensors import read_tensors
 
 PREFIXES = ("module.", "model.", "_orig_mod.", "student.", "backbone.", "net.", "encoder.")
 # Where checkpoints keep their tensors; averaged ones come first, for they are what their makers evaluate.
@@ -53,23 +53,46 @@ def load_weights(
 
 
 def load_state(
-    model: nn.Module, tensors: Mapping[str, Tensor], source: str, *, name: str, num_classes: int | None = None
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    name: str,
+    num_classes: int | None = None,
+    by_order: bool = False,
 ) -> Loaded:
-    """As `load_weights`, for tensors at hand; `source` is what the account calls them."""
-    found = _strip(dict(tensors), model)
+    """As `load_weights`, for tensors at hand.
+
+    Args:
+        model: takes the weights.
+        tensors: by name.
+        source: what the account calls them.
+        name: what errors call the model.
+        num_classes: see `load_weights`.
+        by_order: takes them in their order, whatever their names.
+    """
     wanted = model.state_dict()
+    found, auxiliary = _without_auxiliary(_strip(dict(tensors), model), wanted)
+    ordered = _in_order(found, wanted)
+    if by_order:
+        if ordered is None:
+            raise UserError(f"'{source}' does not fit {name}: its order or shapes differ, too")
+        found = ordered
     head = _other_head(found, wanted, num_classes)
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in found if k not in wanted]
     shapes = [k for k in found if k in wanted and k not in head and found[k].shape != wanted[k].shape]
     if missing or unexpected or shapes:
-        raise UserError(f"'{source}' does not fit {name}: {_misfit(missing, unexpected, shapes)}")
+        hint = "; order and shapes agree: weights_by_order=true takes them so" if ordered is not None else ""
+        raise UserError(f"'{source}' does not fit {name}: {_misfit(missing, unexpected, shapes)}{hint}")
     model.load_state_dict({k: v for k, v in found.items() if k not in head}, strict=False)
     note = f"{source}: {len(found) - len(head)} of {len(wanted)} tensors"
     if head:
         theirs, ours = len(found[head[0]]), len(wanted[head[0]])
         said = f"{num_classes} instead of {theirs}" if ours == num_classes else f"{num_classes}"
         note += f"; fresh head ({', '.join(head)}) for {said} classes"
+    note += "; taken by their order" if by_order else ""
+    note += f"; auxiliary heads left out ({', '.join(auxiliary)})" if auxiliary else ""
     return Loaded(note, bool(head))
 
 
@@ -142,31 +165,28 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
         UserError: the file cannot be read, may run code, or holds no tensors.
     """
     place = weights_file(source)
-    try:
-        if place.suffix == ".safetensors":
-            return load_file(place), place.name
-        content: Any = torch.load(place, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"'{place}' is not a plain weights file: it is a pickle that could run code, or damaged; "
-            "convert it to safetensors where you trust it"
-        ) from error
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"'{place}' cannot be read ({type(error).__name__}: {reason}): damaged, or no weights"
-        ) from error
+    content = read_tensors(place)
     said = place.name
     while isinstance(content, dict) and (
         nest := next((k for k in NESTS if isinstance(content.get(k), dict) and content[k]), "")
     ):
         content = content[nest]
         said += f" ('{nest}', averaged weights)" if nest in AVERAGED else ""
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    found = content if isinstance(content, dict) else {}
+    tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
     tensors.pop("n_averaged", None)
     if not tensors:
         raise UserError(f"'{place}' holds no weights")
-    return tensors, said
+    odd = next(
+        (k for k, v in tensors.items() if v.is_meta or v.is_quantized or v.layout != torch.strided), None
+    )
+    if odd is not None:
+        raise UserError(f"'{place}': '{odd}' is no plain tensor (quantised, sparse or empty); save it as one")
+    ours = {k.removeprefix(_STUDENT): v for k, v in tensors.items() if k.startswith(_STUDENT)}
+    return (ours, f"{said} (the student in it)") if ours else (tensors, said)
+
+
+_STUDENT = "distiller.student."  # in checkpoints of a run of this library
 
 
 def load_backbone(body: nn.Module, source: str | Path, name: str) -> None:
@@ -205,9 +225,39 @@ def _flat(key: str) -> str:
 def _strip(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Without prefixes that all keys share and the model's do not, or without which more keys fit."""
     wanted = set(model.state_dict())
-    for prefix in PREFIXES * 2:
-        bare = {k.removeprefix(prefix): v for k, v in found.items()}
-        shared = all(k.startswith(prefix) for k in found) and not any(k.startswith(prefix) for k in wanted)
-        if shared or len(wanted & bare.keys()) > len(wanted & found.keys()):
-            found = bare
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in PREFIXES:
+            bare = {k.removeprefix(prefix): v for k, v in found.items()}
+            shared = all(k.startswith(prefix) for k in found) and not any(
+                k.startswith(prefix) for k in wanted
+            )
+            if shared or len(wanted & bare.keys()) > len(wanted & found.keys()):
+                found, stripped = bare, True
     return found
+
+
+def _without_auxiliary(
+    found: dict[str, Tensor], wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Without heads that only help to train, where the model was built without them; and their names."""
+    extra = sorted({k.partition(".")[0] for k in found if k not in wanted})
+    heads = [
+        name
+        for name in extra
+        if _AUXILIARY.fullmatch(name) and not any(k.startswith(f"{name}.") for k in wanted)
+    ]
+    return {k: v for k, v in found.items() if k.partition(".")[0] not in heads}, heads
+
+
+_AUXILIARY = re.compile(r"aux\d*|aux_?logits\d*|aux(iliary)?_?(head|classifier|output)s?\d*", re.IGNORECASE)
+
+
+def _in_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensors under the model's names, where order and shapes agree; None where they do not."""
+    ours = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
+    theirs = [v for k, v in found.items() if not k.endswith("num_batches_tracked")]
+    if [v.shape for v in ours.values()] != [v.shape for v in theirs]:
+        return None
+    return dict(zip(ours, theirs, strict=True))

@@ -26,7 +26,46 @@ def first_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
     _, above = _walk(model, first["loc"][:-1])
     known = sorted({key for m in above for key, field in m.model_fields.items() if not field.exclude})
     more = len({_walk(model, e["loc"])[0] for e in errors}) - 1
-    return f"{prefix}{shown}: {_reason(first, known)}" + (f" (and {more} more)" if more else "")
+    elsewhere = _elsewhere(model, str(first["loc"][-1])) if first["type"] == "extra_forbidden" else None
+    reason = f"unknown key; did you mean '{elsewhere}'?" if elsewhere else _reason(first, known)
+    return f"{prefix}{shown}: {reason}" + (f" (and {more} more)" if more else "")
+
+
+# What people call keys of a recipe.
+_CALLED = {
+    **dict.fromkeys(("device", "gpu"), "trainer.accelerator"),
+    **dict.fromkeys(("gpus", "num_gpus"), "trainer.devices"),
+    **dict.fromkeys(("learning_rate", "base_lr"), "optimizer.lr"),
+    **dict.fromkeys(("bs", "batch", "batchsize"), "data.batch_size"),
+    **dict.fromkeys(("num_workers", "n_workers"), "data.workers"),
+    **dict.fromkeys(("num_epochs", "max_epochs", "n_epochs"), "trainer.epochs"),
+    **dict.fromkeys(("amp", "dtype"), "trainer.precision"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "gradient_clip"), "trainer.clip_grad_norm"),
+    **dict.fromkeys(("wd", "decay"), "optimizer.weight_decay"),
+    **dict.fromkeys(("data_dir", "dataset_path", "data_path"), "data.root"),
+    **dict.fromkeys(("out", "output_dir", "out_dir", "save_dir"), "output"),
+    **dict.fromkeys(("random_seed",), "seed"),
+    **dict.fromkeys(("pretrained", "checkpoint"), "student.weights"),
+}
+
+
+def _elsewhere(model: type[BaseModel], word: str) -> str | None:
+    """The key that a word means which stands at another place: the nearest to the top of that name."""
+    if "data" not in model.model_fields:  # options of one part only
+        return None
+    level: list[tuple[str, type[BaseModel]]] = [("", model)]
+    while level:
+        for prefix, kind in level:
+            if prefix and word in kind.model_fields and word != "name":
+                return f"{prefix}.{word}"
+        level = [
+            (f"{prefix}.{name}" if prefix else name, inner)
+            for prefix, kind in level
+            for name, field in kind.model_fields.items()
+            if name != "method"
+            for inner in _models_in(field.annotation)
+        ]
+    return _CALLED.get(word)
 
 
 def _walk(model: type[BaseModel], place: Sequence[Any]) -> tuple[str, Models]:

@@ -1,22 +1,39 @@
 """Recipes as layers of plain values: reading YAML, short forms, overrides, merging."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from diffkd.errors import UserError, kind_of, nearest
+from diffkd.names import is_path
+from diffkd.recipe.reading import parse, read_file
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def read_layers(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Path]:
+class Layers(NamedTuple):
+    """A recipe before it is checked.
+
+    Attributes:
+        content: as plain values, short forms written out.
+        place: the recipe's file.
+        trusted: the names of code that stand on the command line, or all where it says `trust=true`.
+    """
+
+    content: dict[str, Any]
+    place: Path
+    trusted: Container[str]
+
+
+def read_layers(name: str, overrides: Sequence[str], methods: Sequence[str] = ()) -> Layers:
     """A recipe's content with its bases below and its overrides above, short forms written out.
 
-    Returns:
-        The content and the recipe's file.
+    Args:
+        name: of the recipe.
+        overrides: `key=value`.
+        methods: whose options may be set although the recipe does not use them.
 
     Raises:
         UserError: a file or an override cannot be read.
@@ -25,14 +42,51 @@ def read_layers(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], Pa
     merged: dict[str, Any] = {}
     for layer in _read_chain(place):
         merged = _merge(merged, _normalize(layer, str(place)), replace=("method", "taps"))
+    trusted: Container[str] = set(methods)
+    chosen = any(override.startswith("method=") for override in overrides)
     for key, value in sorted(map(_parse_override, overrides), key=_depth):
         if key == "base":
             raise UserError("command line: 'base' belongs in a file")
+        if key == "trust":
+            trusted = _Everything() if value is True else trusted
+            continue
+        _check_method(key, merged, methods, chosen)
+        layer = _normalize(_nest(key, value), "command line")
+        if isinstance(trusted, set):
+            trusted |= {name for _, name in code_names(layer)}
         # A single key replaces a method; a dotted one changes an option of it.
         replace = ("method", "taps") if "." not in key else ()
-        merged = _merge(merged, _normalize(_nest(key, value), "command line"), replace=replace)
+        merged = _merge(merged, layer, replace=replace)
+    if "trust" in merged:
+        raise UserError(f"{place}: 'trust' belongs on the command line")
     merged["name"] = _short_name(name, place)
-    return merged, place
+    return Layers(merged, place, trusted)
+
+
+class _Everything:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def _check_method(key: str, merged: dict[str, Any], methods: Sequence[str], chosen: bool) -> None:
+    """Refuses an option of a method that is not used, where the command line says which are."""
+    section, *rest = _keys(key)
+    used = merged.get("method") or {}
+    if section == "method" and rest and chosen and rest[0] not in {*used, *methods}:
+        raise UserError(
+            f"command line: {key}: '{rest[0]}' is not among the methods ({', '.join(used) or 'none'}); "
+            f"say method={','.join([*used, rest[0]])}, or leave it out"
+        )
+
+
+def code_names(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a recipe that name code outside the library, with what they name."""
+    for section, name in (*_NAMED.items(), ("method", "")):
+        part = content.get(section)
+        if isinstance(part, dict):
+            names = list(part) if section == "method" else [part.get(name)]
+            key = section if section == "method" else f"{section}.{name}"
+            yield from ((key, name) for name in names if isinstance(name, str) and is_path(name))
 
 
 def builtin() -> dict[str, Path]:
@@ -69,7 +123,7 @@ def _read_chain(place: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any
     """The recipe and its bases, the lowest first."""
     if place in below:
         raise UserError(f"{place}: 'base' comes back to itself")
-    content = _read(place)
+    content = read_file(place)
     base = content.pop("base", None)
     if base is None:
         return [content]
@@ -83,52 +137,48 @@ def _find_base(base: str, place: Path) -> Path:
     raise UserError(f"{place}: base: unknown recipe '{base}'{nearest(base, builtin())}")
 
 
-def _read(place: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(place.read_text(), _Loader)
-    except OSError as error:
-        raise UserError(f"'{place}' cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{place}' is not a text file") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{place}{line}: not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{place}: a recipe is a mapping of keys, this is {kind_of(content)}")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads `5e-4` as a number."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"command line: '{override}' is not key=value")
+    if key in _TEXT or (key.startswith("data.") and key[5:] in _TEXT_OPTIONS):
+        return key, None if text in ("", "null") else text  # the words are the text
     try:
-        return key, yaml.load(text, _Loader) if text else None
+        return key, parse(text) if text else None
     except yaml.YAMLError as error:
         raise UserError(f"command line: {key}: '{text}' cannot be read") from error
 
 
+# Keys whose values are text, whatever YAML would take the words for.
+_TEXT = {"output", "data.name", "data.root", "task.name"}
+_TEXT |= {f"{side}.{key}" for side in ("student", "teacher") for key in ("model", "weights")}
+_TEXT_OPTIONS = {"dataset", "subset", "train_split", "test_split", "test_folder", "augment"}
+_TEXT_OPTIONS |= {"path_column", "image_column", "label_column", "mask_column"}
+
+
 def _depth(override: tuple[str, Any]) -> tuple[int, bool]:
     """What a section is before what is in it: `data=table` keeps a `data.root=...` that stands before it."""
-    parts = override[0].split(".")
+    parts = _keys(override[0])
     return len(parts), parts[-1] != _NAMED.get(parts[0])
 
 
+def _keys(key: str) -> list[str]:
+    """The parts of `a.b.c`; the name of a method may itself hold dots (`my.losses:MyLoss.power`).
+
+    >>> _keys("method.my_losses.py:MyLoss.power")
+    ['method', 'my_losses.py:MyLoss', 'power']
+    """
+    section, _, rest = key.partition(".")
+    where, colon, inside = rest.partition(":")
+    if section != "method" or not colon:
+        return key.split(".")
+    name, *options = inside.split(".")
+    return [section, f"{where}:{name}", *options]
+
+
 def _nest(key: str, value: Any) -> dict[str, Any]:
-    """`a.b.c=v` as nested mappings; a method's name may itself hold dots (`my_losses.py:MyLoss`)."""
-    parts = re.split(r"\.(?!py:)(?![^.=]*:)", key)
-    for part in reversed(parts):
+    """`a.b.c=v` as nested mappings."""
+    for part in reversed(_keys(key)):
         value = {part: value}
     return value  # type: ignore[no-any-return]
 
@@ -139,7 +189,7 @@ _NAMED |= {"teacher": "model", "student": "model"}
 _GENERIC = {
     "task": {"weight"},
     "data": {"batch_size", "eval_batch_size", "workers"},
-    "optimizer": {"lr", "weight_decay", "no_decay", "lr_factors"},
+    "optimizer": {"lr", "weight_decay"},
     "schedule": {"warmup_epochs", "warmup_steps"},
     "teacher": {"train", "weights"},
     "student": {"weights"},

@@ -1,5 +1,6 @@
 """The typed description of one run: reading, merging, checking, writing."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, create_model, model_val
 from diffkd.errors import UserError, nearest
 from diffkd.recipe.base import Count, NotNegative, Positive, Section
 from diffkd.recipe.errors import first_error
-from diffkd.recipe.files import read_layers
+from diffkd.recipe.files import RECIPES, code_names, read_layers
 from diffkd.recipe.training import CosineSchedule, OptimizerRecipe, ScheduleRecipe, Sgd, TrainerRecipe
 
 
@@ -57,6 +58,7 @@ class ModelRecipe(Section):
     Attributes:
         weights: a file, a run folder, or the name of published weights (`pretrained`, `IMAGENET1K_V1`);
             `available` takes the published ones where they can be fetched, and says which it took.
+        weights_by_order: takes the weights' tensors in their order, whatever their names.
         options: further arguments of the model, such as `{drop_path_rate: 0.2}`.
         mean, std: on the scale 0 to 1; size: the pixels that pictures are resized to.
         freeze: paths of layers that are not trained: out of the optimizer, and in evaluation mode.
@@ -65,6 +67,7 @@ class ModelRecipe(Section):
 
     model: str
     weights: str | None = None
+    weights_by_order: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[Positive] | None = None
@@ -151,12 +154,21 @@ class Recipe(Section):
         )
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    name: str, overrides: Sequence[str] = (), *, trust: bool = False, methods: Sequence[str] = ()
+) -> Recipe:
     """A recipe from a built-in name or a YAML file, with `key=value` overrides.
 
     Layers: the recipe's `base`, the recipe, the overrides (whole sections before what is in them).
     Mappings merge; `method` and `taps` of a file replace the base's, and a new `name` or `model` drops
     the keys that belong to the old one.
+
+    Args:
+        name: of the recipe, or its file.
+        overrides: those of a command line; `trust=true` among them is as `trust`.
+        trust: takes names of code out of a file, too; without it whoever runs somebody else's recipe
+            would run the code that it names.
+        methods: whose options may be set although the recipe does not use them.
 
     Raises:
         UserError: anything in it is unknown, missing or impossible; the key is named.
@@ -164,13 +176,20 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     >>> load("digits", ["trainer.epochs=3", "method=none"]).trainer.epochs
     3
     """
-    content, place = read_layers(name, overrides)
+    content, place, trusted = read_layers(name, overrides, methods)
+    for key, code in code_names(content):
+        if not trust and code not in trusted:
+            raise UserError(f"{place}: {key} '{code}' would run code; add trust=true if you trust it")
     if (place.parent / "checkpoints").is_dir() and isinstance(content.get("optimizer"), dict):
         # a run's own recipe: before weights were told apart, everything decayed
         content["optimizer"].setdefault("no_decay", "none")
     if content.get("resume") and not content.get("output") and (place.parent / "checkpoints").is_dir():
         content["output"] = str(place.parent)  # a run's own recipe.yaml
-    return _validate(content, str(place) if not overrides else f"{place} with the command line")
+    data = content.get("data")
+    if isinstance(data, dict) and isinstance(data.get("root"), str):
+        data["root"] = os.path.abspath(os.path.expanduser(data["root"]))  # noqa: PTH100, PTH111
+    where = f"recipe '{name}'" if place.is_relative_to(RECIPES) else str(place)
+    return _validate(content, f"{where} with the command line" if overrides else where)
 
 
 def dump(recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffkd.assembly import Parts, assemble, check_outputs
 from diffkd.distiller import Distiller
+from diffkd.errors import plain
 from diffkd.maths.randomness import seed_everything
 from diffkd.models.measure import SavedBytes
 from diffkd.pictures.files import Pictures
@@ -41,15 +42,17 @@ def check_recipe(recipe: Recipe) -> None:
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
     pulls = {name: norm.item() for name, norm in _pulls(losses, distiller).items()}
     total.backward()  # type: ignore[no-untyped-call]
-    console = Console(highlight=False, soft_wrap=True, width=None if Console().is_terminal else 130)
+    console = Console(
+        highlight=False, markup=False, soft_wrap=True, width=None if Console().is_terminal else 130
+    )
     for note in chain(_notes(parts, warnings), _unreadable(parts)):
-        console.print(note, markup=False)
+        console.print(plain(note))
     if distiller.pairs:
         console.print(_taps(distiller))
     console.print(_modules(parts, distiller, optimizer))
     console.print(_costs(parts))
     console.print(_losses(losses, total))
-    console.print(_memory(step, optimizer, saved.total, len(batch.images)), markup=False)
+    console.print(_memory(step, optimizer, saved.total, len(batch.images)))
     _complain(distiller, console)
     for line in unequal(pulls):
         console.print(line, markup=False)
@@ -203,7 +206,7 @@ def _complain(distiller: Distiller, console: Console) -> None:
     silent = [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
     if silent:
         shown = ", ".join(silent[:3]) + (", ..." if len(silent) > 3 else "")
-        console.print(f"warning: no gradient reaches {len(silent)} weights: {shown}", markup=False)
+        console.print(f"warning: no gradient reaches {len(silent)} weights: {shown}")
     grads = [p.grad for p in distiller.student.parameters() if p.grad is not None]
     zero = sum(not grad.any() for grad in grads)
     if zero:

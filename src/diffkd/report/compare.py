@@ -23,7 +23,7 @@ from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import MethodRecipe, Recipe, dump, load
 from diffkd.report.comparison import FinishedRun, compare_runs, markdown, rich_table, to_csv
 from diffkd.report.page import page
-from diffkd.report.similarity import similarity
+from diffkd.report.similarity import Similarity, similarity
 from diffkd.report.summary import finish, percent
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder, saying_where, write_atomically
@@ -108,13 +108,14 @@ def compare(wanted: Wanted) -> None:
             another run; then nothing was run.
         InterruptedRunError: asked to stop; the same command goes on.
     """
-    base = load(wanted.recipe, wanted.overrides)
+    names = [name for label in wanted.methods for name in label.split("+") if name != "none"]
+    base = load(wanted.recipe, wanted.overrides, methods=names)
     output = Path(wanted.output or Path("runs") / "compare" / base.name)
     runs = list(plan(base, wanted, output))
     for run in runs:
         check_folder(run.folder, run.recipe)
     notes = check_methods(runs)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     missing = [run for run in runs if not run.folder.finished]
     if len(missing) < len(runs) and is_first():
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
@@ -124,9 +125,11 @@ def compare(wanted: Wanted) -> None:
         _side_by_side(missing, wanted.jobs, output, console)
     if not is_first():  # the runs were everyone's; the report is the first process's
         return
-    comparison = compare_runs(base.name, _finished(runs), notes)
+    comparison = compare_runs(base.name, _finished(runs, notes), notes)
     write_report(comparison, output)
-    Console(highlight=False, width=None if console.is_terminal else 150).print(rich_table(comparison))
+    Console(highlight=False, markup=False, width=None if console.is_terminal else 150).print(
+        rich_table(comparison)
+    )
     console.print(f"report: {output / 'report.html'}")
 
 
@@ -210,7 +213,7 @@ def _side_by_side(runs: Sequence[PlannedRun], jobs: int, output: Path, console: 
     slots: SimpleQueue[int] = SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
-    children: set[subprocess.Popen[str]] = set()
+    children: list[subprocess.Popen[str]] = []
     stopped = threading.Event()
 
     def work(run: PlannedRun) -> None:
@@ -236,34 +239,45 @@ def _side_by_side(runs: Sequence[PlannedRun], jobs: int, output: Path, console: 
                     raise InterruptedRunError("stopped; the same command goes on", stop.signal)
         except BaseException:
             stopped.set()
-            for child in children:
+            for child in list(children):  # those that have ended take no notice
                 child.terminate()
             raise
 
 
-def _run_apart(run: PlannedRun, slot: int, output: Path, children: set[subprocess.Popen[str]]) -> None:
+def _run_apart(run: PlannedRun, slot: int, output: Path, children: list[subprocess.Popen[str]]) -> None:
     """One run as a command of its own."""
     with saying_where(output):
         place = output / "recipes" / run.folder.path.name / f"{run.recipe.name.replace('/', '-')}.yaml"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(dump(run.recipe))
-    environment = dict(os.environ)
-    if torch.cuda.device_count() > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    words = [str(place), f"output={run.folder.path}", "resume=true", "trainer.progress=false"]
+    words = [str(place), f"output={run.folder.path}", "resume=true", "trainer.progress=false", "trust=true"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "diffkd.cli", "distill", *words],
-        env=environment,
+        # -P: what lies in the current folder is not imported in the place of a library
+        [sys.executable, "-P", "-m", "diffkd.cli", "distill", *words],
+        env=os.environ
+        | device_of(slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        | {"DIFFKD_PARENT": str(os.getpid())},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    children.add(child)
+    children.append(child)
     _, said = child.communicate()
-    children.discard(child)
     if child.returncode:
         last = (said.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
         raise UserError(f"{run.label}: {last}")
+
+
+def device_of(slot: int, count: int, visible: str | None) -> dict[str, str]:
+    """What a child's environment says of its device: one of those that this process sees, in turn.
+
+    >>> device_of(3, 2, "6,7"), device_of(1, 2, None), device_of(1, 1, "6")
+    ({'CUDA_VISIBLE_DEVICES': '7'}, {'CUDA_VISIBLE_DEVICES': '1'}, {})
+    """
+    if count < 2:
+        return {}
+    known = visible.split(",") if visible else [str(i) for i in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": known[slot % count].strip()}
 
 
 def _tell(run: PlannedRun, console: Console) -> None:
@@ -272,7 +286,8 @@ def _tell(run: PlannedRun, console: Console) -> None:
     console.print(f"{run.label}: {summary['metric_label']} {score}, {summary['seconds']:.0f} s")
 
 
-def _finished(runs: Sequence[PlannedRun]) -> list[FinishedRun]:
+def _finished(runs: Sequence[PlannedRun], notes: list[str]) -> list[FinishedRun]:
+    """What the run folders say; features that cannot be compared are a note."""
     summaries = [run.folder.read_summary() for run in runs]
     teacher = next((s["teacher"]["weights"] for s in summaries if s["teacher"]), None)
     return [
@@ -281,10 +296,18 @@ def _finished(runs: Sequence[PlannedRun]) -> list[FinishedRun]:
             run.recipe.seed,
             summary,
             run.folder.read_history(),
-            similarity(run.folder, teacher),
+            _similarity(run, teacher, notes),
         )
         for run, summary in zip(runs, summaries, strict=True)
     ]
+
+
+def _similarity(run: PlannedRun, teacher: str | None, notes: list[str]) -> Similarity:
+    try:
+        return similarity(run.folder, teacher)
+    except UserError as error:
+        notes.append(f"{run.label}: features are not compared: {error}")
+        return {}
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffkd.assembly import Parts, assemble
 from diffkd.distiller import Distiller
+from diffkd.errors import UserError
 from diffkd.maths.layers import pooled
 from diffkd.maths.randomness import cpu_threads, seed_everything
 from diffkd.recipe.schema import MethodRecipe, Recipe, load
@@ -50,9 +52,10 @@ def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
         teacher_weights: the teacher that the runs were compared with.
     """
     place = folder.path / "similarity.json"
-    if place.is_file():
-        return json.loads(place.read_text())  # type: ignore[no-any-return]
-    recipe = load(str(folder.recipe_file))
+    kept = _read(place)
+    if kept is not None:
+        return kept
+    recipe = load(str(folder.recipe_file), trust=True)  # the user's own, or trusted when it was run
     if recipe.teacher is None or (recipe.teacher.train is not None and teacher_weights is None):
         return {}  # only runs without a teacher: none was made
     with cpu_threads(recipe.trainer.threads):
@@ -61,6 +64,21 @@ def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
         found = _measure(trained, folder)
     folder.write_text(place.name, json.dumps(found, indent=2) + "\n")
     return found
+
+
+def _read(place: Path) -> Similarity | None:
+    """What was measured before; None where it was not, or where the file is damaged: it is measured anew."""
+    try:
+        found = json.loads(place.read_bytes())
+    except (OSError, ValueError):
+        return None
+    sides = ("before", "after")
+    whole = isinstance(found, dict) and all(
+        isinstance(row, dict)
+        and all(side in row and isinstance(row[side], float | int | None) for side in sides)
+        for row in found.values()
+    )
+    return found if whole else None
 
 
 def _measure(recipe: Recipe, folder: RunFolder) -> Similarity:

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from diffkd.errors import plain
 from diffkd.report.curves import draw_curves
 from diffkd.runs.folder import RunFolder
 from diffkd.training.devices import is_first
@@ -23,25 +24,27 @@ def finish(folder: RunFolder, *, quiet: bool = False) -> None:
     draw_curves(folder.read_history(), summary, folder.path / "curves.png")
     if quiet:
         return
-    console = Console(highlight=False, width=None if Console().is_terminal else 120)
+    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 120)
     console.print(summary_table(summary))
-    console.print(f"run folder: {folder.path}", soft_wrap=True)
+    console.print(plain(f"run folder: {folder.path}"), soft_wrap=True)
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Teacher and student side by side: how good, how large, how fast."""
     label = summary["metric_label"]
-    table = Table(title=_title(summary))
+    table = Table(title=plain(_title(summary)))
     for column in ("", "model"):
         table.add_column(column)
     for column in (f"{label} last", f"{label} best", "parameters", "MACs", "ms/image", "size"):
         table.add_column(column, justify="right")
     student, teacher, metric = summary["student"], summary["teacher"], summary["metric"]
     if teacher is not None:
-        table.add_row("teacher", teacher["model"], percent(teacher[metric]), "", *_costs(teacher))
+        table.add_row("teacher", plain(teacher["model"]), percent(teacher[metric]), "", *_costs(teacher))
     axis = summary.get("axis", "epoch")
     best = f"{percent(summary['best'][metric])} ({axis} {summary['best'][axis]})"
-    table.add_row("student", student["model"], percent(summary["last"][metric]), best, *_costs(student))
+    table.add_row(
+        "student", plain(student["model"]), percent(summary["last"][metric]), best, *_costs(student)
+    )
     return table
 
 
@@ -99,7 +102,7 @@ def size(count: float) -> str:
 
 def text_of(table: Table, width: int = 120) -> str:
     """A table as plain text."""
-    console = Console(width=width, highlight=False)
+    console = Console(width=width, highlight=False, markup=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get()

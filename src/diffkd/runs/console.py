@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -15,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column
+
+from diffkd.errors import plain
 
 
 class Reporter:
@@ -59,7 +62,7 @@ class Reporter:
         if not self.active:
             return
         if aloud:
-            self.console.print(line, style=style, markup=False)
+            self.console.print(plain(line), style=style, markup=False)
         if self.log is not None:
             self.log(line)
 
@@ -103,7 +106,7 @@ class ProgressBar:
                 console=console,
                 transient=True,
             )
-            self._task = self._progress.add_task(what, total=total, completed=done, figures="")
+            self._task = self._progress.add_task(escape(what), total=total, completed=done, figures="")
 
     def __enter__(self) -> "ProgressBar":
         if self._progress is not None:
@@ -132,7 +135,7 @@ class ProgressBar:
         self._progress.update(
             self._task,
             completed=self._done,
-            description=f"{self._what}{what}",
+            description=escape(f"{self._what}{what}"),
             figures=f"{rate:,.0f} img/s  {figures}",
         )
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.recipe.files import code_names
+from diffkd.recipe.reading import read_file
 
 History = list[dict[str, float]]
 
@@ -299,7 +302,12 @@ class RunFolder:
 
 def resume_hint(path: Path) -> str:
     """How to go on with an unfinished run."""
-    return f"go on with: diffkd distill {path / 'recipe.yaml'} output={path} resume=true"
+    recipe, output = path / "recipe.yaml", shlex.quote(f"output={path}")
+    try:
+        trust = " trust=true" * any(True for _ in code_names(read_file(recipe)))
+    except UserError:
+        trust = ""
+    return f"go on with: diffkd distill {shlex.quote(str(recipe))} {output} resume=true{trust}"
 
 
 def write_atomically(place: Path, write: Callable[[Path], object]) -> None:

@@ -74,7 +74,7 @@ def check_folder(folder: RunFolder, recipe: Recipe) -> None:
         )
     if not folder.recipe_file.is_file():
         raise UserError(f"'{folder.path}' is not a run folder (it has no recipe.yaml); set output=")
-    differing = difference(load(str(folder.recipe_file)), recipe)
+    differing = difference(load(str(folder.recipe_file), trust=True), recipe)
     if differing is not None:
         raise UserError(
             f"the run in '{folder.path}' was made with another recipe: {differing}; set output= for a new run"

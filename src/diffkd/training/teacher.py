@@ -106,7 +106,7 @@ def _say_why(place: Path, wanted: Recipe, identity: Identity, reporter: Reporter
     for other in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[:1]:
         folder = RunFolder(other.parent)
         try:
-            why = difference(load(str(folder.recipe_file)), wanted) or changed(
+            why = difference(load(str(folder.recipe_file), trust=True), wanted) or changed(
                 folder.read_identity(), identity
             )
         except UserError:

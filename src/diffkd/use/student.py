@@ -15,6 +15,7 @@ from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.models import base as models
 from diffkd.models.weights import load_weights
+from diffkd.names import is_path
 from diffkd.pictures.files import decode
 from diffkd.pictures.view import TestView
 from diffkd.tasks.base import Task, task_class
@@ -71,17 +72,22 @@ class Student:
         return self.task.predict(self.model, self.task.prepare(batch, self.prepare))
 
 
-def load_student(run: str | Path) -> Student:
+def load_student(run: str | Path, *, trust: bool = False) -> Student:
     """The student of a run folder, or of its `student/` folder moved anywhere.
 
     Args:
         run: a run folder, or a folder with `model.safetensors` and `config.json`.
+        trust: runs the code that the folder names, where its model or task is somebody's own.
 
     Raises:
-        UserError: there is no student, it is damaged, or was written by an older version.
+        UserError: there is no student, it is damaged, it was written by an older version, or it names
+            code and is not trusted.
     """
     folder = student_folder(run)
     config = read_config(folder)
+    code = [name for name in (config["model"], config["task"]) if is_path(str(name))]
+    if code and not trust:
+        raise UserError(f"'{folder / 'config.json'}': '{code[0]}' would run code; trust=True if you trust it")
     shape = tuple(config["image_shape"])
     names = tuple(config.get("class_names") or map(str, range(config["num_classes"] or 0)))
     channels, height, width = config.get("input_shape") or shape

@@ -11,7 +11,7 @@ from diffkd.runs.folder import RunFolder, load_checkpoint
 def as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None) -> Recipe:
     """A run's recipe with the weights that it ended with, and its teacher's as they were found or made."""
     found: dict[str, ModelRecipe] = {
-        "student": recipe.student.model_copy(update={"weights": str(folder.path)})
+        "student": recipe.student.model_copy(update={"weights": str(folder.path), "weights_by_order": False})
     }
     if recipe.teacher is not None:
         found["teacher"] = recipe.teacher.model_copy(update={"weights": teacher_weights, "train": None})
