@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +132,6 @@ def test_files_as_training_scripts_write_them(tmp_path):
         "best": np.float64(0.5),
         "step": np.int32(7),
         "curve": np.arange(3.0),
-        "seen": defaultdict(int, a=1),
         "state_dict": source.state_dict(),
     }
     torch.save(script, tmp_path / "a.pth")

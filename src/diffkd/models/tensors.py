@@ -6,7 +6,7 @@ import pathlib
 import pickle
 import re
 import types
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,6 @@ def _harmless() -> list[Any]:
         *(
             argparse.Namespace,
             types.SimpleNamespace,
-            defaultdict,
             Counter,
             deque,
             set,

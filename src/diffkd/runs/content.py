@@ -20,7 +20,7 @@ MOST_FILES = 20_000
 # Bytes read of all files together, shared out evenly; each file gives its beginning, middle and end.
 MOST_BYTES = 256 * 2**20
 _LEAST_BYTES = 12 * 1024
-_LABELS = ("targets", "target", "labels", "label", "_labels", "y")
+_LABELS = ("targets", "target", "labels", "label", "_labels", "y", "boxes", "masks", "annotations")
 # How samples are looked at is said by recipe and code; the rest changes while a run goes on.
 _SKIPPED = ("transform", "transforms", "target_transform", "loader", "cache", "_cache")
 _DEPTH = 6
@@ -89,15 +89,21 @@ class _Content:
             self.pictures.update(str(value.fingerprint()).encode())
         elif isinstance(getattr(value, "images", None), Tensor) and hasattr(value, "targets"):
             self._take(value.images, self.pictures, 0)
-            self._take(value.targets, self.labels, 0)
+            for name in _LABELS:
+                self._take(getattr(value, name, None), self.labels, 0)
         elif hasattr(value, "source"):
             self._take(getattr(value, "places", None), self.pictures, 0)
-            if not self._known(value.source):
-                self._take(value.source, self.pictures, 0)
-        elif isinstance(getattr(value, "folder", None), Path) and hasattr(value, "paths"):
-            names = [os.fsdecode(p) if isinstance(p, bytes) else str(p) for p in _plain(value.paths)]
+            self._take(value.source, self.pictures, 0)
+        elif callable(getattr(value, "picture", None)) and callable(getattr(value, "place", None)):
+            for find, into in ((value.picture, self.pictures), (value.place, self.labels)):
+                into.update(self.files.digest("", [str(find(i)) for i in range(len(value))]).encode())
+        elif isinstance(getattr(value, "folder", None), Path) and len(value):
+            listed = isinstance(getattr(value, "paths", None), np.ndarray)
+            names = [os.fsdecode(bytes(p)) for p in value.paths] if listed else None
+            names = names or [value.path(i) for i in range(len(value))]
             self.pictures.update(self.files.digest(str(value.folder), names).encode())
-            self._take(getattr(value, "targets", None), self.labels, 0)
+            for name in (*_LABELS, "starts", "ignore"):
+                self._take(getattr(value, name, None), self.labels, 0)
         elif hasattr(getattr(value, "rows", None), "features"):
             self._rows(value)
         else:
@@ -137,6 +143,8 @@ class _Content:
             self.paths.append(str(value))
 
     def _inside(self, value: Any, into: Any, depth: int) -> None:
+        if not isinstance(value, _NO_CONTENT) and self._known(value):
+            return
         if isinstance(value, Mapping):
             for key, item in value.items():
                 self._named(str(key), item, into, depth)
@@ -163,10 +171,6 @@ class _Content:
 
 
 _NO_CONTENT = (FunctionType, MethodType, ModuleType, type, nn.Module, torch.Generator, np.random.Generator)
-
-
-def _plain(values: Any) -> list[Any]:
-    return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 
 def _array(value: Tensor | np.ndarray) -> bytes:
