@@ -9,7 +9,6 @@ from torch import Tensor
 
 from diffkd.assembly import Parts, assemble
 from diffkd.distiller import Distiller
-from diffkd.errors import UserError
 from diffkd.maths.layers import pooled
 from diffkd.maths.randomness import cpu_threads, seed_everything
 from diffkd.recipe.schema import MethodRecipe, Recipe, load
