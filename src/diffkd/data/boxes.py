@@ -4,8 +4,7 @@ from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated
 from diffkd.pictures.boxes.find import TEST_NAMES, Format, find
-from diffkd.pictures.boxes.views import BoxOptions, collate, held_out_boxes, same_in_both
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.pictures.boxes.views import BoxOptions, boxed, held_out_boxes
 from diffkd.pictures.options import data_folder, quoted, spread
 
 
@@ -55,25 +54,9 @@ def build(
     else:
         train, test, note = held_out_boxes(train, val_fraction)
         notes.append(note)
-    return _data(train, test, options, notes)
+    return Data(**boxed(train, test, options, notes))
 
 
 def _same_classes(train: Annotated, test: Annotated, where: str) -> tuple[Annotated, Annotated]:
     """Both splits with one numbering: that of the training boxes."""
     return train, test if train.classes == test.classes else test.relabelled(train.classes, where)
-
-
-def _data(train: Annotated, test: Annotated, options: BoxOptions, notes: list[str]) -> Data:
-    if not len(train.labels):
-        raise UserError("there is not one box to train on")
-    return Data(
-        *options.splits(train, test),
-        num_classes=len(train.classes),
-        image_shape=options.image_shape,
-        view=options.view,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        class_names=train.classes,
-        collate=collate,
-        notes=(*notes, *same_in_both(train, test)),
-    )

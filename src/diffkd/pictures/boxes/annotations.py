@@ -67,6 +67,19 @@ class Annotated:
             notes=(),
         )
 
+    def joined(self, other: "Annotated", folder: Path) -> "Annotated":
+        """These pictures and another's of the same classes, both beneath a folder."""
+        paths = [
+            os.fsencode(part.place(i).relative_to(folder)) for part in (self, other) for i in range(len(part))
+        ]
+        both = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)])
+            for name in ("boxes", "labels", "ignore", "area", "sizes")
+        }
+        starts = np.concatenate([self.starts, other.starts[1:] + self.starts[-1]])
+        notes = (*self.notes, *other.notes)
+        return replace(self, folder=folder, paths=np.array(paths), starts=starts, notes=notes, **both)
+
     def relabelled(self, classes: Sequence[str], where: str) -> "Annotated":
         """The same boxes with labels by another order of classes.
 

@@ -1,5 +1,6 @@
 """Pictures with their boxes as detectors see them: resized, and changed at random together to train on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torchvision.transforms.v2 import functional as v2
 from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated
-from diffkd.pictures.files import Pictures, decode
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, decode
 from diffkd.pictures.joint import RandomScale
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.options import quoted
@@ -224,6 +225,33 @@ def collate(rows: list[Any]) -> Batch:
     """A batch of pictures of any sizes: lists of pictures and of targets."""
     images, targets = zip(*rows, strict=True)
     return Batch(list(images), list(targets))
+
+
+def boxed(train: Annotated, test: Annotated, options: BoxOptions, notes: Sequence[str]) -> dict[str, Any]:
+    """The fields of `diffkd.Data` of two splits with one numbering of classes.
+
+    Args:
+        train: the split to train on.
+        test: the split to test on.
+        options: how pictures are changed.
+        notes: what was found.
+
+    Raises:
+        UserError: there is no box to train on.
+    """
+    if not len(train.labels):
+        raise UserError("there is not one box to train on")
+    return {
+        **dict(zip(("train", "test"), options.splits(train, test), strict=True)),
+        "num_classes": len(train.classes),
+        "image_shape": options.image_shape,
+        "view": options.view,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "class_names": train.classes,
+        "collate": collate,
+        "notes": (*notes, *same_in_both(train, test)),
+    }
 
 
 def same_in_both(train: Annotated, test: Annotated) -> tuple[str, ...]:
