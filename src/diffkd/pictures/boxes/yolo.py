@@ -44,9 +44,8 @@ def read(pictures: Path, labels: Path, classes: tuple[str, ...], names: set[str]
     if without:
         notes.append(f"{source}: {without} pictures have no text file and count as negatives")
     if lonely and names is None:
-        notes.append(
-            f"{source}: {len(lonely)} text files without a picture left out, such as '{min(lonely)}'"
-        )
+        some = f"{len(lonely)} text files without a picture left out"
+        notes.append(f"{source}: {some}, such as '{min(lonely)}.txt'")
     if polygons:
         notes.append(f"{source}: {polygons} polygons, of which the boxes around them are taken")
     return found.finish(classes or tuple(str(k) for k in range(highest + 1)), notes)
