@@ -72,7 +72,7 @@ class Annotated:
         paths = [
             os.fsencode(part.place(i).relative_to(folder)) for part in (self, other) for i in range(len(part))
         ]
-        both = {
+        both: dict[str, Any] = {
             name: np.concatenate([getattr(self, name), getattr(other, name)])
             for name in ("boxes", "labels", "ignore", "area", "sizes")
         }
