@@ -1,6 +1,7 @@
 """The networks of DiffKD: denoiser, noise matcher, autoencoder as the paper has them; a standardizer."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -174,3 +175,25 @@ def _vector_matcher(channels: int) -> nn.Module:
 
 def _hidden_layer(channels: int, wide: int) -> tuple[nn.Module, ...]:
     return nn.Linear(channels, wide), norm(0, wide), nn.ReLU(), nn.Linear(wide, channels)
+
+
+class DiffKDOutput(NamedTuple):
+    """What one forward pass of DiffKD gives.
+
+    Attributes:
+        denoised: the student's feature after denoising and projection, `(B, C, *S)`.
+        target: what it is matched with, detached, `(B, C, *S)`.
+        loss: the sum of the three losses, a scalar.
+        kd_loss: distance of denoised and target.
+        diffusion_loss: how well the denoiser predicts the noise in the teacher's features.
+        reconstruction_loss: the autoencoder's; 0 without one.
+        gamma: share of the student's own feature in the denoiser's input, `(B,)`, 0 to 1.
+    """
+
+    denoised: Tensor
+    target: Tensor
+    loss: Tensor
+    kd_loss: Tensor
+    diffusion_loss: Tensor
+    reconstruction_loss: Tensor
+    gamma: Tensor

@@ -57,6 +57,16 @@ def module_key(name: str) -> str:
     return f"{key}_" if hasattr(nn.ModuleDict, key) else key
 
 
+def shared_key(pair: Pair) -> str:
+    """The key of what serves all pairs of one kind: of these widths, axes, and class scores or not.
+
+    >>> shared_key(Pair("p3", Feature("p3", (8, 4, 4)), Feature("p3", (16, 4, 4))))
+    'features_8_16_2'
+    """
+    kind = "scores" if pair.is_logits else "features"
+    return f"{kind}_{pair.student.channels}_{pair.teacher.channels}_{pair.student.spatial_dims}"
+
+
 class Method(nn.Module, ABC):
     """Base of every distillation method.
 

@@ -1,8 +1,9 @@
 """DiffKD: Knowledge Diffusion for Distillation (Huang et al., NeurIPS 2023, arXiv 2305.15712)."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,37 +11,16 @@ from torch.func import functional_call
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
+from diffkd.features.levels import check_weights, pooled
 from diffkd.features.maps import matched, valid_at
-from diffkd.maths.denoiser import Autoencoder, Denoiser, NoiseMatcher, Standardizer
+from diffkd.maths.denoiser import Autoencoder, Denoiser, DiffKDOutput, NoiseMatcher, Standardizer
 from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps, noise_like
 from diffkd.maths.layers import conv, norm, without_void
 from diffkd.maths.losses import kl_divergence, precise, squared_error
 from diffkd.maths.presets import PresetName, check_process, check_sizes, settings
-from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing
+from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing, shared_key
 
 _UNTOLD = 300  # forward passes of warm-up where nobody says how long the run is
-
-
-class DiffKDOutput(NamedTuple):
-    """What one forward pass of DiffKD gives.
-
-    Attributes:
-        denoised: the student's feature after denoising and projection, `(B, C, *S)`.
-        target: what it is matched with, detached, `(B, C, *S)`.
-        loss: the sum of the three losses, a scalar.
-        kd_loss: distance of denoised and target.
-        diffusion_loss: how well the denoiser predicts the noise in the teacher's features.
-        reconstruction_loss: the autoencoder's; 0 without one.
-        gamma: share of the student's own feature in the denoiser's input, `(B,)`, 0 to 1.
-    """
-
-    denoised: Tensor
-    target: Tensor
-    loss: Tensor
-    kd_loss: Tensor
-    diffusion_loss: Tensor
-    reconstruction_loss: Tensor
-    gamma: Tensor
 
 
 class DiffKD(nn.Module):
@@ -328,6 +308,9 @@ class DiffKDMethod(Method):
         setup: what the run taps.
         latent_channels: width of the autoencoder's space for features (ImageNet: 1024); None has none,
             or the preset's (32, or the number of classes if larger).
+        pool: maps are averaged over so many positions along each axis first, for large ones.
+        shared: one module serves all features of the same widths (the levels of a pyramid).
+        weights: of the distance of single pairs, by name (`{"backbone[p3]": 0.5}`); 1 if not given.
         preset, num_steps, train_timesteps, start_timestep, detach_denoiser, temperature, warmup: as in
             `DiffKD`.
 
@@ -347,15 +330,23 @@ class DiffKDMethod(Method):
         detach_denoiser: bool | None = None,
         temperature: float | None = None,
         warmup: float | None = None,
+        pool: int = 1,
+        shared: bool = False,
+        weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if not setup.pairs:
             raise UserError("method 'diffkd' needs a feature map or logits to distil; set taps")
+        if pool < 1:
+            raise UserError(f"method 'diffkd': pool={pool}: needs at least 1")
+        self.pool, self.weights = pool, check_weights(weights or {}, setup.pairs, "diffkd")
         self.pairs = nn.ModuleDict()
-        self.keys = {pair.name: module_key(pair.name) for pair in setup.pairs}
+        self.keys = {p.name: shared_key(p) if shared else module_key(p.name) for p in setup.pairs}
         usual = settings(preset, "mse")
         for pair in setup.pairs:
             check_pair(pair, "diffkd")
+            if self.keys[pair.name] in self.pairs:
+                continue
             latent = latent_channels or usual.narrowed(pair.teacher.channels, setup.num_classes)
             plain = pair.is_logits or pair.student.spatial_dims == 0
             diffkd = DiffKD(
@@ -377,8 +368,9 @@ class DiffKDMethod(Method):
 
     def expect(self, passes: int) -> None:
         """Tells every pair how long the run is."""
-        for diffkd in self.pairs.children():
-            diffkd.expect(passes)  # type: ignore[operator]
+        uses = Counter(self.keys.values())  # a shared module passes once a level
+        for key, diffkd in self.pairs.items():
+            diffkd.expect(passes * uses[key])  # type: ignore[operator]
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
@@ -387,8 +379,9 @@ class DiffKDMethod(Method):
         losses: dict[str, Tensor] = {}
         for name, key in self.keys.items():
             diffkd = cast(DiffKD, self.pairs[key])
-            out: DiffKDOutput = diffkd(student[name], teacher[name], batch.valid)
-            losses[f"{name}.kd"] = out.kd_loss
+            ours, theirs = (pooled(x[name], batch.valid, self.pool) for x in (student, teacher))
+            out: DiffKDOutput = diffkd(ours, theirs, batch.valid)
+            losses[f"{name}.kd"] = out.kd_loss * self.weights.get(name, 1.0)
             if diffkd.settings.denoise:
                 losses[f"{name}.diffusion"] = out.diffusion_loss
                 self.figures[f"{name}.gamma"] = out.gamma.detach().mean()
