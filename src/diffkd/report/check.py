@@ -53,6 +53,8 @@ def check_recipe(recipe: Recipe) -> None:
     console.print(_costs(parts))
     console.print(_losses(losses, total))
     console.print(_memory(step, optimizer, saved.total, len(batch.images)))
+    console.print(_memory(step, optimizer, saved.total, len(batch.images)), markup=False)
+    console.print(_shares(recipe), markup=False)
     _complain(distiller, console)
     for line in unequal(pulls):
         console.print(line, markup=False)
@@ -199,6 +201,13 @@ def _memory(step: nn.Module, optimizer: torch.optim.Optimizer, saved: int, image
         f"memory of a training step: weights {size(weights)}, gradients {size(weights)}, "
         f"optimizer {size(slots * weights)}, activations {size(saved)} for {images} images"
     )
+
+
+def _shares(recipe: Recipe) -> str:
+    """How many of a batch's pictures one device gets."""
+    total, devices, nodes = recipe.data.batch_size, recipe.trainer.devices, recipe.trainer.num_nodes
+    count = nodes * (devices if isinstance(devices, int) else max(torch.cuda.device_count(), 1))
+    return f"batch of {total} on {count} device(s): {total // count} pictures on each"
 
 
 def _complain(distiller: Distiller, console: Console) -> None:
