@@ -53,7 +53,6 @@ def check_recipe(recipe: Recipe) -> None:
     console.print(_costs(parts))
     console.print(_losses(losses, total))
     console.print(_memory(step, optimizer, saved.total, len(batch.images)))
-    console.print(_memory(step, optimizer, saved.total, len(batch.images)), markup=False)
     console.print(_shares(recipe), markup=False)
     _complain(distiller, console)
     for line in unequal(pulls):
