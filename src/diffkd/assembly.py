@@ -18,15 +18,14 @@ from diffkd.methods.base import method_class
 from diffkd.models import base as models
 from diffkd.models.freeze import freeze
 from diffkd.models.measure import Cost, cost, device_of
-from diffkd.models.weights import description, is_local, load_state, read_weights
+from diffkd.models.origin import find_weights
+from diffkd.models.weights import load_state
 from diffkd.pictures.memory import mix_batch
 from diffkd.pictures.view import TestView
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
 from diffkd.runs.content import digests
 from diffkd.runs.identity import Identity, identify
 from diffkd.tasks.base import Figures, Task, task_class
-
-AVAILABLE = "available"  # published weights where they can be fetched
 
 
 @dataclass
@@ -242,7 +241,7 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
         data: the data set that it is for.
         resizes: pictures may be resized to what the model wants; else they keep their size.
     """
-    weights = _find_weights(wanted)
+    weights = find_weights(wanted.model, wanted.weights)
     wants = models.wants(wanted.model, weights.published)
     size = None
     if resizes:
@@ -281,39 +280,6 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
     section = "teacher" if isinstance(wanted, TeacherRecipe) else "student"
     side.frozen = freeze(model, wanted.freeze, wanted.freeze_norm, section)
     return side
-
-
-@dataclass
-class _Weights:
-    """Weights found for a model, before there is the model.
-
-    Attributes:
-        state: tensors by name; empty for fresh weights.
-        source: what the account of them says.
-        published: their name, if they are published ones.
-        told: what their description says of pictures.
-    """
-
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    source: str = ""
-    published: str | None = None
-    told: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def _find_weights(wanted: ModelRecipe) -> _Weights:
-    if wanted.weights is None:
-        return _Weights()
-    if is_local(wanted.weights):
-        state, source = read_weights(wanted.weights)
-        return _Weights(state, source, told=description(wanted.weights))
-    name = "pretrained" if wanted.weights == AVAILABLE else wanted.weights
-    try:
-        return _Weights(models.published_state(wanted.model, name), name, published=name)
-    except UserError as error:
-        if wanted.weights != AVAILABLE:
-            raise
-        return _Weights(notes=[f"fresh weights: {error}"])
 
 
 @torch.no_grad()
