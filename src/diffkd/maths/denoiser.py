@@ -1,10 +1,12 @@
 """The networks of DiffKD: denoiser, noise matcher, autoencoder as the paper has them; a standardizer."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from diffkd.maths.layers import conv, norm, pooled, without_void
 
@@ -29,6 +31,14 @@ class Denoiser(nn.Module):
             noisy = noisy + code.view(*code.shape, *[1] * (noisy.dim() - 2))
         found: Tensor = self.body(noisy)
         return found
+
+
+def with_fixed_weights(denoiser: Denoiser) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The denoiser, through which a gradient passes but to whose weights none goes."""
+    fixed = {name: weight.detach() for name, weight in denoiser.named_parameters()}
+    return lambda noisy, code: functional_call(
+        denoiser, fixed, (noisy, None if code is None else code.detach())
+    )
 
 
 class NoiseMatcher(nn.Module):

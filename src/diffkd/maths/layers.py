@@ -1,8 +1,12 @@
 """Layers and reductions for `(B, C, *S)`: vectors, sequences, maps and volumes alike."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class _Norm:
@@ -101,3 +105,9 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     # Autocast would take the product in half precision, whatever the precision of its inputs.
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.mT
+
+
+def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """What a layer gives, run once more in the backward pass, so that nothing within it is kept till then."""
+    found: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+    return found

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from diffkd.errors import UserError, nearest
 
 PresetName = Literal["robust", "paper"]
@@ -99,6 +101,13 @@ def check_sizes(student: int, teacher: int, latent: int | None, dims: int) -> No
         raise UserError(f"spatial_dims={dims}: 0 (vectors), 1 (sequences), 2 (maps) or 3 (volumes)")
     if dims == 0 and latent is not None:
         raise UserError(f"latent_channels={latent}: vectors (spatial_dims=0) have no autoencoder")
+
+
+def check_shape(side: str, feature: Tensor, channels: int, dims: int) -> None:
+    """Raises UserError unless a feature is `(B, channels, *S)` with so many spatial axes."""
+    if feature.dim() != dims + 2 or feature.shape[1] != channels:
+        axes = ", ".join(["B", str(channels), *("D", "H", "W")[3 - dims :]])
+        raise UserError(f"the {side}'s feature is {tuple(feature.shape)}; DiffKD was made for ({axes})")
 
 
 def check_process(chosen: Settings, timesteps: int, latent: int | None) -> None:

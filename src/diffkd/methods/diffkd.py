@@ -7,17 +7,23 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.features.levels import check_weights, pooled
 from diffkd.features.maps import matched, valid_at
-from diffkd.maths.denoiser import Autoencoder, Denoiser, DiffKDOutput, NoiseMatcher, Standardizer
+from diffkd.maths.denoiser import (
+    Autoencoder,
+    Denoiser,
+    DiffKDOutput,
+    NoiseMatcher,
+    Standardizer,
+    with_fixed_weights,
+)
 from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timesteps, noise_like
-from diffkd.maths.layers import conv, norm, without_void
+from diffkd.maths.layers import conv, norm, recomputed, without_void
 from diffkd.maths.losses import kl_divergence, precise, squared_error
-from diffkd.maths.presets import PresetName, check_process, check_sizes, settings
+from diffkd.maths.presets import PresetName, check_process, check_shape, check_sizes, settings
 from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing, shared_key
 
 _UNTOLD = 300  # forward passes of warm-up where nobody says how long the run is
@@ -106,7 +112,7 @@ class DiffKD(nn.Module):
         steps = ddim_timesteps(self.settings.num_steps, self.settings.start_timestep)
         alphas = [*alpha_bars(train_timesteps)[steps].tolist(), 1.0]
         self.ddim = list(zip(steps, alphas[:-1], alphas[1:], strict=True))
-        self._told = False
+        self._told = self.recompute = False
 
     def _build(self) -> None:
         """What is trained, but for the autoencoder, and what is counted."""
@@ -144,8 +150,8 @@ class DiffKD(nn.Module):
             valid: `(B, *S)` bool of any size, False where there is nothing to learn (padding, void
                 pixels): what stands there changes no loss and gets no gradient. None for all valid.
         """
-        self._check_shape("student", student_feature, self.student_channels)
-        self._check_shape("teacher", teacher_feature, self.teacher_channels)
+        check_shape("student", student_feature, self.student_channels, self.spatial_dims)
+        check_shape("teacher", teacher_feature, self.teacher_channels, self.spatial_dims)
         self._tell_sizes(student_feature, teacher_feature)
         student_feature, teacher_feature, valid = matched(student_feature, teacher_feature, valid)
         if not self.settings.denoise:
@@ -165,7 +171,7 @@ class DiffKD(nn.Module):
             noise: `(B, C, *S)`, of the latent's shape; None draws it.
             valid: as in `forward`.
         """
-        self._check_shape("student", feature, self.student_channels)
+        check_shape("student", feature, self.student_channels, self.spatial_dims)
         valid = valid_at(valid, feature)
         latent = self.align(without_void(feature, valid))
         return self._denoise(latent, noise, valid)[0] if self.settings.denoise else latent
@@ -244,21 +250,16 @@ class DiffKD(nn.Module):
         share = gamma.view(-1, *[1] * (latent.dim() - 1))
         noisy = without_void(share * latent + (1 - share) * noise, valid)
         detached, codes = self.settings.detach_denoiser, self.denoiser.embedding.weight
-        denoiser = self._denoiser_with_fixed_weights() if detached else self.denoiser
+        denoiser = with_fixed_weights(self.denoiser) if detached else self.denoiser
         for timestep, alpha_bar, alpha_bar_next in self.ddim:
             if kept is not None:
                 kept.append(noisy)
-            predicted = denoiser(noisy, codes[timestep] if self.settings.time_code else None)
+            code = codes[timestep] if self.settings.time_code else None
+            predicted = recomputed(denoiser, noisy, code) if self.recompute else denoiser(noisy, code)
             noisy = without_void(ddim_step(noisy, predicted, alpha_bar, alpha_bar_next), valid)
         if kept is not None:
             kept.append(noisy)
         return self.projection(noisy), precise(gamma)
-
-    def _denoiser_with_fixed_weights(self) -> Callable[[Tensor, Tensor | None], Tensor]:
-        fixed = {name: weight.detach() for name, weight in self.denoiser.named_parameters()}
-        return lambda noisy, code: functional_call(
-            self.denoiser, fixed, (noisy, None if code is None else code.detach())
-        )
 
     def _after_warmup(self, feature: Tensor) -> Tensor:
         """The student's feature, to which no gradient passes as long as the run warms up."""
@@ -279,11 +280,6 @@ class DiffKD(nn.Module):
         if ours != theirs and not self._told and not torch.compiler.is_compiling():
             self._told = True
             warnings.warn(resizing(ours, theirs), stacklevel=3)
-
-    def _check_shape(self, side: str, feature: Tensor, channels: int) -> None:
-        if feature.dim() != self.spatial_dims + 2 or feature.shape[1] != channels:
-            axes = ", ".join(["B", str(channels), *("D", "H", "W")[3 - self.spatial_dims :]])
-            raise UserError(f"the {side}'s feature is {tuple(feature.shape)}; DiffKD was made for ({axes})")
 
     def _schedule(self) -> None:
         """Puts the schedule where the weights are."""
@@ -313,9 +309,11 @@ class DiffKDMethod(Method):
         weights: of the distance of single pairs, by name (`{"backbone[p3]": 0.5}`); 1 if not given.
         preset, num_steps, train_timesteps, start_timestep, detach_denoiser, temperature, warmup: as in
             `DiffKD`.
+        recompute: denoising steps are run again in the backward pass instead of kept: less memory, more
+            time, the same gradients (BatchNorm's running statistics count each step twice).
 
     Raises:
-        UserError: nothing is tapped.
+        UserError: nothing is tapped, or `pool` is less than 1.
     """
 
     def __init__(
@@ -331,6 +329,7 @@ class DiffKDMethod(Method):
         temperature: float | None = None,
         warmup: float | None = None,
         pool: int = 1,
+        recompute: bool = False,
         shared: bool = False,
         weights: dict[str, float] | None = None,
     ) -> None:
@@ -363,7 +362,7 @@ class DiffKDMethod(Method):
                 temperature=temperature,
                 warmup=warmup,
             )
-            diffkd._told = True  # of unequal sizes: by check_pair
+            diffkd._told, diffkd.recompute = True, recompute  # check_pair told of unequal sizes
             self.pairs[self.keys[pair.name]] = diffkd
 
     def expect(self, passes: int) -> None:
