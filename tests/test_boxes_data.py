@@ -272,3 +272,24 @@ def test_views_are_repeated_by_their_seed(tmp_path):
         views.append(data.train[2])
     assert torch.equal(views[0][0], views[1][0])
     assert torch.equal(views[0][1]["boxes"], views[1][1]["boxes"])
+
+
+def test_wide_and_high_pictures_come_in_batches_of_their_own(tmp_path):
+    from diffkd.data.base import Loader
+
+    def mixed(content):
+        for i, image in enumerate(content["images"]):
+            image["height"] = 40 if i % 2 else 64
+            Image.open(tmp_path / f"train/{i}.png").crop((0, 0, 64, image["height"])).save(
+                tmp_path / f"train/{i}.png"
+            )
+            image["width"] = 64 if i % 2 else 60
+            if not i % 2:
+                Image.open(tmp_path / f"train/{i}.png").crop((0, 0, 60, 64)).save(tmp_path / f"train/{i}.png")
+
+    data = coco(tmp_path, mixed)
+    loader = Loader(data.train, 3, shuffle=True, collate=data.collate)
+    for epoch in range(3):
+        batches = [batch.indices % 2 for batch in loader.epoch(epoch)]
+        assert all(len(kinds.unique()) == 1 for kinds in batches)
+        assert len(batches) == 2

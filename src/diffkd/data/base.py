@@ -18,7 +18,7 @@ from diffkd.errors import UserError
 from diffkd.maths.randomness import generators_kept, mix, seed_sample
 from diffkd.names import check_kind, is_path, load_object, load_submodule, options_of, submodules
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Source, shared_pictures
-from diffkd.pictures.memory import ArraySplit, channel_statistics
+from diffkd.pictures.memory import ArraySplit, channel_statistics, together
 from diffkd.pictures.view import TestView
 
 if TYPE_CHECKING:  # it brings timm and torchvision, which arrays do without
@@ -308,6 +308,7 @@ class Loader:
         order = torch.arange(len(self.split))
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+            order = together(order, getattr(self.split, "groups", None), self.batch_size)
         for batch in range(start, len(self)):
             samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             if len(share := samples[self.rank :: self.world_size]):

@@ -155,6 +155,32 @@ def hold_out(count: int, fraction: float, labels: np.ndarray | None = None) -> t
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def together(order: Tensor, groups: np.ndarray | None, batch_size: int) -> Tensor:
+    """An order of samples `(N,)` in which those of a group fill batches together.
+
+    Every batch of one group stands where its last sample stood; what fills none comes at the end, mixed.
+
+    Args:
+        order: the samples, shuffled.
+        groups: `(N,)`, the group of each sample by its index; None leaves the order as it is.
+        batch_size: samples of a batch.
+
+    >>> together(torch.tensor([0, 1, 2, 3, 4, 5]), np.array([0, 1, 0, 1, 1, 0]), 2).tolist()
+    [0, 2, 1, 3, 4, 5]
+    """
+    if groups is None:
+        return order
+    waiting: dict[int, list[int]] = {}
+    found: list[int] = []
+    for index in order.tolist():
+        batch = waiting.setdefault(int(groups[index]), [])
+        batch.append(index)
+        if len(batch) == batch_size:
+            found += waiting.pop(int(groups[index]))
+    rest = {index for batch in waiting.values() for index in batch}
+    return torch.tensor(found + [index for index in order.tolist() if index in rest])
+
+
 def mix_batch(
     batch: Batch, num_classes: int, mixup_alpha: float, cutmix_alpha: float, generator: torch.Generator
 ) -> Batch:

@@ -134,7 +134,8 @@ class _Shrink(transforms.Transform):  # type: ignore[misc]
 class BoxPictures(Pictures):
     """Map-style samples: a picture `(3, H, W)` uint8, and a dict of its boxes.
 
-    The dict has `boxes` `(n, 4)` and `labels` `(n,)`. Of test pictures also `ignore` and `area`, and
+    Pictures wide and high come in batches of their own, where the annotations say their sizes. The
+    dict has `boxes` `(n, 4)` and `labels` `(n,)`. Of test pictures also `ignore` and `area`, and
     `origin`, the picture's own `(H, W)`, in pixels of which its boxes stay; what is ignored is left out
     of training ones.
 
@@ -148,6 +149,8 @@ class BoxPictures(Pictures):
         self.view = options.train_view() if training else options.test_view()
         super().__init__(source, self.view, options.max_corrupt, leave_out=not training)  # type: ignore[arg-type]
         self.annotated, self.training, self.mosaic = source, training, options.mosaic
+        # less padding where what is wide and what is high do not share batches
+        self.groups = (source.sizes[:, 0] > source.sizes[:, 1]).astype(np.int64)
 
     def picture(self, place: int) -> tuple[str, Path]:
         """What an error calls the picture at a place, and its file."""
