@@ -148,7 +148,7 @@ class Parts:
 
     def step(self, distiller: Distiller) -> "Step":
         """One training step as a module."""
-        return Step(distiller, self.recipe.task.weight, self.student.frozen)
+        return Step(distiller, self.recipe.task_weight, self.student.frozen)
 
     def cost(self, side: Side) -> Cost:
         """What one model costs, measured on one test image."""

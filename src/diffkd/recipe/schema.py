@@ -28,7 +28,7 @@ class OpenSection(Section):
 
 
 class TaskRecipe(OpenSection):
-    """The task, and the weight of its supervised loss."""
+    """The task, and the weight of its supervised loss beside a method's; without a method it is 1."""
 
     name: str = "classification"
     weight: NotNegative = 1.0
@@ -129,6 +129,11 @@ class Recipe(Section):
         methods = "+".join(re.sub(r"\W+", "_", name) for name in self.method) or "none"
         return Path("runs") / self.name / f"{methods}-seed{self.seed}"
 
+    @property
+    def task_weight(self) -> float:
+        """Weight of the supervised losses: `task.weight` where something is distilled, else 1."""
+        return self.task.weight if self.method else 1.0
+
     def teacher_recipe(self) -> "Recipe":
         """The run that makes the teacher: its model in the student's place, and no teacher."""
         assert self.teacher is not None
@@ -143,6 +148,7 @@ class Recipe(Section):
                 "student": model,
                 "method": {},
                 "taps": None,
+                "task": self.task.model_copy(update={"weight": 1.0}),
                 "data": self.data.model_copy(update=data),
                 "optimizer": train.optimizer or self.optimizer,
                 "schedule": train.schedule or self.schedule,

@@ -86,6 +86,7 @@ def difference(one: Recipe, other: Recipe) -> str | None:
 def _determining(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what is indifferent; files of weights count by their content, not their place."""
     content = recipe.model_dump(mode="json", exclude=_INDIFFERENT)
+    content["task"]["weight"] = recipe.task_weight
     for name in ("student", "teacher"):
         section = content.get(name)
         if section and section.get("weights") is not None and is_local(section["weights"]):
