@@ -1,9 +1,13 @@
 """Whole runs on pictures with masks: distilled, evaluated, stopped and gone on with."""
 
+import base64
 import json
+import re
+from io import BytesIO
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mask_cases import save, scene, street
 
@@ -86,3 +90,24 @@ def test_pictures_larger_than_the_views(kind, diffkd, tmp_path):
     assert "training views of 32x32 out of pictures of 40x64" in err
     assert "student decoder (16, 32, 32)" in err
     assert "as recorded" in diffkd("evaluate", "a")[1]
+
+
+def test_the_page_shows_scenes_and_classes(diffkd, tmp_path):
+    root = street(tmp_path / "street", splits=("train", "val"))
+    words = [f"data.root={root}", *SHORT, "trainer.max_steps=1", "data.classes=[road,<kerb>,car]"]
+    status, _, err = diffkd("compare", "masks", "methods=none,diffkd", "seeds=1", *words, "output=c")
+    assert status == 0, err
+    page = (tmp_path / "c/report.html").read_text()
+    names = ["picture", "truth", "teacher", "none", "diffkd", "where they differ"]
+    shown = re.findall(r"<figcaption[^>]*>([^<]*)</figcaption>", page)
+    assert shown == names * 3
+    assert page.count('src="data:image/png;base64,') == 18
+    table = page[page.index("<h2>Classes</h2>") :]
+    assert re.findall(r"<tr><th>([^<]*)</th>", table)[:4] == ["class", "road", "&lt;kerb&gt;", "car"]
+    iou = json.loads((tmp_path / "c/none-seed0/summary.json").read_text())["arrays"]["iou"]
+    assert f">{100 * iou[0]:.1f}</td>" in table
+    first = base64.b64decode(re.findall(r"base64,([^\"]*)", page)[1])
+    truth = np.asarray(Image.open(BytesIO(first)).convert("RGB"))
+    mask = np.asarray(Image.open(root / "masks/val/0.png"))
+    assert truth.shape == (32, 48, 3)
+    assert len(np.unique(truth.reshape(-1, 3), axis=0)) == len(np.unique(mask))

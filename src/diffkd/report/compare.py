@@ -22,6 +22,7 @@ from diffkd.errors import UserError
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import MethodRecipe, Recipe, dump, load
 from diffkd.report.comparison import FinishedRun, compare_runs, markdown, rich_table, to_csv
+from diffkd.report.examples import dense_section
 from diffkd.report.page import page
 from diffkd.report.similarity import Similarity, similarity
 from diffkd.report.summary import finish, percent
@@ -126,7 +127,7 @@ def compare(wanted: Wanted) -> None:
     if not is_first():  # the runs were everyone's; the report is the first process's
         return
     comparison = compare_runs(base.name, _finished(runs, notes), notes)
-    write_report(comparison, output)
+    write_report(comparison, output, _examples(runs))
     Console(highlight=False, markup=False, width=None if console.is_terminal else 150).print(
         rich_table(comparison)
     )
@@ -174,14 +175,14 @@ def check_methods(runs: Sequence[PlannedRun]) -> list[str]:
     return list(notes)
 
 
-def write_report(comparison: dict[str, Any], output: Path) -> None:
-    """`report.html`, `table.md`, `table.csv` and `comparison.json`.
+def write_report(comparison: dict[str, Any], output: Path, sections: str = "") -> None:
+    """`report.html` (with further sections as HTML), `table.md`, `table.csv` and `comparison.json`.
 
     Raises:
         UserError: the folder is not writable.
     """
     files = {
-        "report.html": page(comparison),
+        "report.html": page(comparison, sections),
         "table.md": markdown(comparison),
         "table.csv": to_csv(comparison),
         "comparison.json": json.dumps(comparison, indent=2) + "\n",
@@ -286,10 +287,21 @@ def _tell(run: PlannedRun, console: Console) -> None:
     console.print(f"{run.label}: {summary['metric_label']} {score}, {summary['seconds']:.0f} s")
 
 
+def _examples(runs: Sequence[PlannedRun]) -> str:
+    """What the first seed's students answer, where there are pictures of it."""
+    first = [run for run in runs if run.recipe.seed == runs[0].recipe.seed]
+    return dense_section([(run.method, run.folder) for run in first], _teacher(runs))
+
+
+def _teacher(runs: Sequence[PlannedRun]) -> str | None:
+    """The weights of the teacher of all of them."""
+    summaries = (run.folder.read_summary() for run in runs)
+    return next((s["teacher"]["weights"] for s in summaries if s["teacher"]), None)
+
+
 def _finished(runs: Sequence[PlannedRun], notes: list[str]) -> list[FinishedRun]:
     """What the run folders say; features that cannot be compared are a note."""
-    summaries = [run.folder.read_summary() for run in runs]
-    teacher = next((s["teacher"]["weights"] for s in summaries if s["teacher"]), None)
+    summaries, teacher = [run.folder.read_summary() for run in runs], _teacher(runs)
     return [
         FinishedRun(
             run.method,

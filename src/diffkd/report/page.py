@@ -13,7 +13,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
-def page(comparison: dict[str, Any]) -> str:
+def page(comparison: dict[str, Any], sections: str = "") -> str:
     """The whole page of a comparison, as HTML to be written as UTF-8.
 
     Figures that are not finite are left out, as None is. Names and notes are shown as text, always.
@@ -21,6 +21,7 @@ def page(comparison: dict[str, Any]) -> str:
     Args:
         comparison: title, metric, teacher, student, notes and methods of a comparison; scores and differences
             are shares (0 to 1), a difference is the method's score less the other's, whichever way is better.
+        sections: further ones as HTML.
 
     Raises:
         TypeError: the comparison holds something that JSON has no word for.
@@ -36,6 +37,7 @@ def page(comparison: dict[str, Any]) -> str:
         "facts": _text("  ·  ".join(_facts(comparison))),
         "headline": _text(headline),
         "lead": lead,
+        "sections": sections,
         "made": "\n".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in _made(comparison)),
         "data": json.dumps(comparison, allow_nan=False, separators=(",", ":")).translate(UNSAFE),
     }
