@@ -19,10 +19,36 @@ def entries_of(output: Any) -> dict[Key, Tensor]:
     return {key: value for key, value in _items(output) if isinstance(value, Tensor)}
 
 
+def class_scores(output: Any) -> tuple[Any, list[Tensor]]:
+    """The class scores `(B, K)` of a classifier's output, and those of its auxiliary heads.
+
+    Scores are the output itself, its entry `logits`, or the first of a tuple or list. Auxiliary heads are
+    entries named `aux...` beside `logits`, or in a plain tuple all further tensors of the scores' shape.
+
+    Returns:
+        The scores, or the output as it is where it has none; the auxiliary heads', in their order.
+
+    >>> import torch
+    >>> main, heads = class_scores((torch.zeros(2, 5), torch.ones(2, 5), torch.ones(2, 64)))
+    >>> main.sum().item(), len(heads)
+    (0.0, 1)
+    """
+    if isinstance(output, Tensor):
+        return output, []
+    entries = entries_of(output)
+    if "logits" in entries:
+        main = entries.pop("logits")
+        return main, [value for key, value in entries.items() if str(key).startswith("aux")]
+    if isinstance(output, list | tuple) and output and isinstance(output[0], Tensor):
+        main, *others = entries.values()
+        return main, [value for value in others if value.shape == main.shape]
+    return output, []
+
+
 def entry(output: Any, key: Key | None) -> Tensor:
-    """One of them; `key` None is the output itself."""
-    if key is None:
-        return output  # type: ignore[no-any-return]
+    """One of them; `key` None is the output itself, or its class scores."""
+    if key is None:  # of a model that gives more in training than in the dry run, what it gave there
+        return class_scores(output)[0]  # type: ignore[no-any-return]
     if isinstance(key, str) and not isinstance(output, Mapping):
         return getattr(output, key)  # type: ignore[no-any-return]
     return output[key]  # type: ignore[no-any-return]

@@ -21,8 +21,7 @@ _FAILURES = (
 )
 _HINTS = {
     "more than 1 value per channel": "give every device 2 pictures or more (data.batch_size)",
-    "Outputs": "build it without auxiliary outputs, such as student.options={aux_logits: false}",
-    "'tuple'": "it gives a tuple in training; build it without auxiliary outputs",
+    "'tuple'": "it gives a tuple in training; build it without further outputs",
 }
 
 

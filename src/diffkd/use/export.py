@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffkd import __version__
 from diffkd.assembly import Parts, Side, assemble, evaluate
 from diffkd.errors import UserError, nearest
+from diffkd.features.outputs import class_scores
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import load
 from diffkd.use.runtime import Onnx, needs, write_onnx
@@ -113,9 +114,8 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Class scores of pictures: `(B, K)`, or `(B, K, h, w)` of every position."""
         output = self.model(self.preparation(images))
-        for key in ("logits", "out"):
-            if isinstance(output, Mapping) and key in output:
-                output = output[key]
+        output = output["out"] if isinstance(output, Mapping) and "out" in output else output
+        output = class_scores(output)[0]
         if not isinstance(output, Tensor):
             raise UserError(
                 f"the model gives {type(output).__name__}, not class scores: "
