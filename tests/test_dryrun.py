@@ -60,7 +60,7 @@ def run(tiny, tmp_path, monkeypatch):
 
 
 def test_what_fails_in_training_mode_alone_is_refused_before_any_work(run, tmp_path):
-    with pytest.raises(UserError, match="1 picture fails: .*give every device 2 pictures or more"):
+    with pytest.raises(UserError, match=r"1 picture fails: .*give every device 2 pictures or more"):
         run("norm", "method=none", "data.batch_size=1")
     assert not (tmp_path / "a").exists()
 
