@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -57,3 +58,16 @@ def as_batch(value: Any) -> Batch:
     if isinstance(value, list) and all(isinstance(v, Tensor) and v.dim() == 3 for v in value):
         return Batch(value)
     return Batch(*value)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors of a nested batch on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(v, device) for key, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(v, device) for v in value))
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(v, device) for v in value)
+    return value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from diffkd.batch import Batch, as_batch
+from diffkd.batch import Batch, as_batch, to_device
 from diffkd.errors import UserError
 from diffkd.maths.randomness import generators_kept, mix, seed_sample
 from diffkd.names import check_kind, is_path, load_object, load_submodule, options_of, submodules
@@ -301,7 +301,7 @@ class Loader:
             if isinstance(batch, UserError):
                 raise UserError(str(batch))  # a new one: the frame must not hold what holds the frame
             if batch is not None:
-                yield _to_device(batch, self.device)
+                yield to_device(batch, self.device)
 
     def _shares(self, epoch: int, start: int) -> Iterator[Tensor]:
         """This process's sample indices, batch by batch in the order of the epoch."""
@@ -390,16 +390,3 @@ class _Collate:
             return None
         batch = as_batch(self.collate([sample for sample, _ in rows]))
         return batch._replace(indices=torch.tensor([index for _, index in rows]))
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Tensors of a nested batch on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _to_device(v, device) for key, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to_device(v, device) for v in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_to_device(v, device) for v in value)
-    return value

@@ -27,7 +27,8 @@ from diffkd.report.page import page
 from diffkd.report.similarity import Similarity, similarity
 from diffkd.report.summary import finish, percent
 from diffkd.runs.console import Reporter
-from diffkd.runs.folder import RunFolder, saying_where, write_atomically
+from diffkd.runs.disk import saying_where, write_atomically
+from diffkd.runs.folder import RunFolder
 from diffkd.runs.places import check_folder, check_identity
 from diffkd.training.devices import is_first
 from diffkd.training.fit import fit

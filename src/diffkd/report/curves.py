@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from diffkd.runs.folder import History, write_atomically
+from diffkd.runs.disk import write_atomically
+from diffkd.runs.folder import History
 
 INK, FAINT = "#222222", "#dddddd"
 COLOURS = ("#4053d3", "#e0722a", "#1f9d8a", "#b51d5f", "#8a63d2", "#7f7f00", "#00796b", "#555555")

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import shlex
 import shutil
 import zlib
@@ -24,13 +23,22 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.recipe.files import code_names
 from diffkd.recipe.reading import read_file
+from diffkd.runs.disk import (
+    checksum,
+    first_line,
+    is_full,
+    read_json,
+    reason_of,
+    saying_where,
+    settle,
+    write_atomically,
+)
 
 History = list[dict[str, float]]
 
 _LOCK, _HOLDER = ".lock", ".holder"
 _CHECKED = ("student/model.safetensors", "student/config.json")
 _CHECKPOINT = re.compile(r"step-\d+-[0-9a-f]{8}\.pt")
-_LEAST_ROOM = 2**16  # bytes free under which a disk counts as full
 # What every summary holds.
 _SUMMARY = ("metric", "metric_label", "last", "best", "student", "teacher", "agreement", "device", "seconds")
 
@@ -105,7 +113,7 @@ class RunFolder:
             try:
                 lock.acquire(timeout=0)
             except Timeout as error:
-                who = _first_line(holder) or "another process"
+                who = first_line(holder) or "another process"
                 raise UserError(
                     f"run folder '{self.path}' is being written by {who}; wait for it, or set output="
                 ) from error
@@ -144,7 +152,7 @@ class RunFolder:
         place = self.path / "identity.json"
         if not place.is_file():
             return {}
-        found = _read_json(place)
+        found = read_json(place)
         if not all(isinstance(part, dict) for part in found.values()):
             raise UserError(f"'{place}' is damaged: it is no mapping of digests")
         return found
@@ -191,7 +199,7 @@ class RunFolder:
             rows = list(csv.DictReader(io.StringIO(content.decode()), strict=True))
             history = [{k: float(v) for k, v in row.items() if v} for row in rows]
         except (ValueError, TypeError, csv.Error) as error:
-            raise UserError(f"'{place}' is damaged: {_reason(error)}") from error
+            raise UserError(f"'{place}' is damaged: {reason_of(error)}") from error
         if not history or not all("epoch" in row or "step" in row for row in history):
             raise UserError(f"'{place}' is damaged: it has no rows of epochs")
         return history
@@ -200,7 +208,7 @@ class RunFolder:
         """summary.json; its presence says that the run is finished. The checksums are written before."""
         text = json.dumps(summary, indent=2) + "\n"
         checksums = {
-            name: f"{_crc(self.path / name):08x}" for name in _CHECKED if (self.path / name).is_file()
+            name: f"{checksum(self.path / name):08x}" for name in _CHECKED if (self.path / name).is_file()
         }
         checksums["summary.json"] = f"{zlib.crc32(text.encode()):08x}"
         self.write_text("checksums.json", json.dumps(checksums, indent=2) + "\n")
@@ -210,13 +218,13 @@ class RunFolder:
         """What of a finished run is damaged or missing; None where all fits its checksums."""
         place = self.path / "checksums.json"
         try:
-            wanted = _read_json(place) if place.is_file() else {}
+            wanted = read_json(place) if place.is_file() else {}
         except UserError as error:
             return str(error)
-        for name, checksum in wanted.items():
+        for name, recorded in wanted.items():
             if not (self.path / name).is_file():
                 return f"'{self.path / name}' is missing"
-            if f"{_crc(self.path / name):08x}" != checksum:
+            if f"{checksum(self.path / name):08x}" != recorded:
                 return f"'{self.path / name}' is damaged: its checksum does not fit"
         return None
 
@@ -231,7 +239,7 @@ class RunFolder:
             raise UserError(f"'{self.path}' is not a run folder (it has no recipe.yaml)")
         if not place.is_file():
             raise UserError(f"the run in '{self.path}' has not finished; {resume_hint(self.path)}")
-        found = _read_json(place)
+        found = read_json(place)
         lacking = [key for key in _SUMMARY if key not in found]
         if lacking:
             raise UserError(f"'{place}' is damaged: it lacks {lacking[0]}")
@@ -267,11 +275,11 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(exist_ok=True)
             write(partial)
-            final = self.checkpoints / f"step-{step:09d}-{_crc(partial):08x}.pt"
-            _settle(partial, final)
+            final = self.checkpoints / f"step-{step:09d}-{checksum(partial):08x}.pt"
+            settle(partial, final)
         except (OSError, RuntimeError) as error:
-            full = isinstance(error, RuntimeError) and _no_space(self.path, error)
-            reason = f"no space left on the disk ({_reason(error)})" if full else _reason(error)
+            full = isinstance(error, RuntimeError) and is_full(self.path, error)
+            reason = f"no space left on the disk ({reason_of(error)})" if full else reason_of(error)
             partial.unlink(missing_ok=True)
             raise UserError(
                 f"checkpoint of step {step} cannot be written to '{self.checkpoints}': {reason}; "
@@ -293,7 +301,7 @@ class RunFolder:
         for leftover in self.checkpoints.glob("writing-*.tmp"):
             leftover.unlink()
         for path in reversed(self.list_checkpoints()):
-            if f"{_crc(path):08x}" == path.stem.rpartition("-")[2]:
+            if f"{checksum(path):08x}" == path.stem.rpartition("-")[2]:
                 return path
             warn(f"checkpoint '{path}' is damaged and set aside; the one before is used")
             path.rename(path.with_suffix(".damaged"))
@@ -310,82 +318,13 @@ def resume_hint(path: Path) -> str:
     return f"go on with: diffkd distill {shlex.quote(str(recipe))} {output} resume=true{trust}"
 
 
-def write_atomically(place: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the place, syncs, renames: the place holds the old content or the new.
-
-    The name beside it is this process's own, so that two that write one place do not meet.
-
-    Raises:
-        UserError: a writer that knows no errors of the system could not write: the disk is full, say.
-    """
-    partial = place.with_name(f"{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        write(partial)
-        _settle(partial, place)
-    except OSError:
-        raise
-    except Exception as error:
-        if not _no_space(place, error):
-            raise
-        raise UserError(f"'{place}': no space left on the disk ({_reason(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def saying_where(place: Path) -> Iterator[None]:
-    """Turns an operating system's error into one line that names the place."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"'{place}': {_reason(error)}") from error
-
-
-def free_space(place: Path) -> int:
-    """Bytes free where `place` is, or would be."""
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content; holds tensors and plain values, never code."""
     return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
 
 
-def _settle(partial: Path, final: Path) -> None:
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _crc(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
 def _step(path: Path) -> int:
     return int(path.stem.split("-")[1])
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _no_space(place: Path, error: Exception) -> bool:
-    """Whether a writer's own error means a full disk, or one that cannot be written."""
-    words = ("no space", "os error 28", "unexpected pos", "write failed", "failed writing", "i/o error")
-    return any(word in str(error).lower() for word in words) or free_space(place) < _LEAST_ROOM
 
 
 def _is_leftover(entry: Path) -> bool:
@@ -393,30 +332,6 @@ def _is_leftover(entry: Path) -> bool:
     if entry.name == "checkpoints" and entry.is_dir():
         return not any(entry.iterdir())
     return entry.name in (_LOCK, _HOLDER) or entry.suffix == ".tmp"
-
-
-def _first_line(place: Path) -> str:
-    try:
-        return (place.read_text().splitlines() or [""])[0]
-    except (OSError, ValueError):
-        return ""
-
-
-def _read_json(place: Path) -> dict[str, Any]:
-    """A mapping from a JSON file.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    with saying_where(place):
-        content = place.read_bytes()
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"'{place}' is damaged: {_reason(error)}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"'{place}' is damaged: it is no mapping")
-    return found
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import platformdirs
 
 from diffkd.errors import UserError
 from diffkd.recipe.schema import Recipe, load
-from diffkd.runs.folder import RunFolder, free_space
+from diffkd.runs.disk import free_space
+from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import Identity, changed, difference
 
 CACHE_ROOM = 200 * 2**20  # bytes that must be free before a teacher is trained into the cache

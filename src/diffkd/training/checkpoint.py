@@ -45,3 +45,9 @@ def not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
 def lasting(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """The weights and buffers that a checkpoint holds, by name."""
     return ((name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor))
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The plain optimizer behind what Fabric makes of it."""
+    plain: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return plain

@@ -17,7 +17,8 @@ from diffkd.errors import UserError
 from diffkd.recipe.schema import Recipe, load
 from diffkd.runs.console import Reporter
 from diffkd.runs.content import combined
-from diffkd.runs.folder import RunFolder, write_atomically
+from diffkd.runs.disk import write_atomically
+from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import Identity, changed, difference, identify, short_name
 from diffkd.runs.places import cache_folder, check_cache, check_folder, check_identity
 from diffkd.tasks.base import Figures

@@ -21,7 +21,7 @@ from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
 from diffkd.runs.places import check_folder, check_identity
 from diffkd.tasks.base import Figures
 from diffkd.training.balance import Balance
-from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state
+from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state, unwrapped
 from diffkd.training.devices import expect_unused, fuses, gathered, on_first
 from diffkd.training.dryrun import try_step
 from diffkd.training.ema import Ema
@@ -314,7 +314,7 @@ class Trainer:
         if self.fabric.is_global_zero:
             state = {
                 "model": self.plain.state_dict(),
-                "optimizer": optimizer_state(_unwrapped(self.optimizer), self.plain),
+                "optimizer": optimizer_state(unwrapped(self.optimizer), self.plain),
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "ema": None if self.ema is None else self.ema.state_dict(),
                 "random": random,
@@ -328,7 +328,7 @@ class Trainer:
     def _load(self, path: Path) -> Place:
         state = load_checkpoint(path)
         self.plain.load_state_dict(state["model"])
-        load_optimizer_state(_unwrapped(self.optimizer), self.plain, state["optimizer"])
+        load_optimizer_state(unwrapped(self.optimizer), self.plain, state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -395,8 +395,3 @@ class Trainer:
                 **self.costs["teacher"],
             }
         self.folder.write_summary(summary)
-
-
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    plain: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return plain

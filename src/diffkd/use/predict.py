@@ -17,7 +17,7 @@ from diffkd.errors import UserError
 from diffkd.pictures.files import decode
 from diffkd.pictures.scan import Scan
 from diffkd.runs.console import Reporter
-from diffkd.runs.folder import write_atomically
+from diffkd.runs.disk import write_atomically
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation

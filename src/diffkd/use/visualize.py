@@ -18,7 +18,7 @@ from diffkd.batch import Batch
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.methods.diffkd import DiffKD, DiffKDMethod
-from diffkd.runs.folder import write_atomically
+from diffkd.runs.disk import write_atomically
 from diffkd.use.predict import find_pictures
 from diffkd.use.student import load_student
 from diffkd.use.trained import rebuild
