@@ -88,6 +88,18 @@ def test_a_convolutional_student_learns_from_queries():
     assert len(losses) == 3
 
 
+def test_a_narrow_head_still_sees_maps_of_one_position():
+    options = {"channels": 32, "num_convs": 1}
+    model = build(
+        "torchvision/fcos:timm/test_resnet", num_classes=3, image_shape=(3, 64, 64), options=options
+    )
+    one = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([2])}
+    assert sum(model.train()([torch.rand(3, 64, 64)], [one]).values()).isfinite()
+    wide = build("torchvision/fcos:timm/test_resnet", num_classes=3, image_shape=(3, 64, 64))
+    groups = {m.num_groups for m in wide.head.modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert groups == {32}  # torchvision's own, where the width is
+
+
 def test_options_are_checked():
     with pytest.raises(UserError, match="did you mean 'num_queries'"):
         build("transformers/detr", num_classes=3, image_shape=(3, 64, 64), options={"num_querys": 3})

@@ -196,10 +196,22 @@ def _fcos(pyramid: Pyramid, classes: int, sides: list[float], options: Mapping[s
     anchors = AnchorGenerator(tuple((int(side / 4),) for side in sides), ((1.0,),) * len(sides))
     convs = {"num_convs": options["num_convs"]} if "num_convs" in options else {}
     head = FCOSHead(pyramid.out_channels, 1, classes, **convs)
+    _group_by_eights(head, pyramid.out_channels)
     rest = {key: value for key, value in options.items() if key != "num_convs"}
     return FCOS(  # type: ignore[no-any-return]
         pyramid, classes, anchor_generator=anchors, head=head, **rest
     )
+
+
+def _group_by_eights(head: nn.Module, channels: int) -> None:
+    """Norms of 8 channels a group, as in heads of 256, where torchvision has 32 groups for any width.
+
+    In a head of 32 channels these would be single channels, and zero where a map is one position.
+    """
+    for part in head.modules():
+        for name, norm in part.named_children():
+            if isinstance(norm, nn.GroupNorm):
+                setattr(part, name, nn.GroupNorm(channels // 8, channels))
 
 
 def _fasterrcnn(pyramid: Pyramid, classes: int, sides: list[float], options: Mapping[str, Any]) -> nn.Module:
