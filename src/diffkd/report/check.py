@@ -16,6 +16,7 @@ from diffkd.models.measure import SavedBytes
 from diffkd.pictures.files import Pictures
 from diffkd.recipe.schema import Recipe
 from diffkd.report.summary import quantity, size
+from diffkd.report.suspicion import suspicions
 from diffkd.training.balance import gradient_norms
 from diffkd.training.optim import build_optimizer
 
@@ -55,8 +56,21 @@ def check_recipe(recipe: Recipe) -> None:
     console.print(_memory(step, optimizer, saved.total, len(batch.images)))
     console.print(_shares(recipe), markup=False)
     _complain(distiller, console)
-    for line in unequal(pulls):
+    for line in (*unequal(pulls), *_suspected(parts)):
         console.print(line, markup=False)
+
+
+def _suspected(parts: Parts) -> Iterator[str]:
+    """Warnings about a teacher of class scores, from up to 256 test pictures."""
+    wanted = parts.recipe.teacher
+    if parts.teacher is None or wanted is None or parts.recipe.task.name != "classification":
+        return
+    sample = parts.sample(256)
+    with torch.no_grad():
+        scores = parts.teacher.forward(parts.task, sample)
+    # what is trained first cannot be right yet
+    for line in suspicions(scores, None if wanted.weights is None or wanted.train else sample.targets):
+        yield f"warning: {line}"
 
 
 def _pulls(losses: dict[str, Tensor], distiller: Distiller) -> dict[str, Tensor]:

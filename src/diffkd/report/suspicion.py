@@ -1,0 +1,56 @@
+"""Signs that a teacher's class scores do not mean what they should."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LEAST = 64  # labelled pictures, below which accuracy says nothing
+
+
+def suspicions(scores: Tensor, labels: Tensor | None) -> Iterator[str]:
+    """Warnings about a teacher, from its answers to some test pictures.
+
+    Args:
+        scores: its class scores `(B, K)`.
+        labels: the classes `(B,)`; None where the pictures carry none.
+
+    >>> probabilities = torch.eye(3)[torch.tensor([0, 1, 2, 2])]
+    >>> next(suspicions(probabilities, None))[:41]
+    "the teacher's scores are probabilities: i"
+    """
+    classes = scores.shape[1]
+    sums = scores.float().sum(1)
+    if classes > 1 and (scores >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        yield (
+            "the teacher's scores are probabilities: its output ends in a softmax, and methods expect "
+            "what goes in; take that layer off"
+        )
+    if labels is None or labels.dim() != 1 or labels.is_floating_point() or len(labels) < LEAST:
+        return
+    if 2 * len(set(labels.tolist())) < classes:  # pictures in the order of their classes, say
+        return
+    answers = scores.argmax(1)
+    right = (answers == labels).float().mean().item()
+    if right > 2 / classes:
+        return
+    chance = 100 / classes
+    yield f"the teacher is right on {100 * right:.1f} % of {len(labels)} test pictures: chance is {chance:.1f} %"
+    best = _best_order(answers, labels, classes)
+    # Some order always fits a few pictures better than chance: only a clear case is said.
+    if len(labels) >= 5 * classes and best > max(0.5, 3 / classes):
+        yield (
+            f"with its classes in another order it would be right on {100 * best:.1f} %: its classes seem "
+            "permuted; bring them in the order of the data's"
+        )
+
+
+def _best_order(answers: Tensor, labels: Tensor, classes: int) -> float:
+    """Accuracy under the best one-to-one renaming of the answers."""
+    from scipy.optimize import linear_sum_assignment
+
+    counts = torch.zeros(classes, classes, dtype=torch.int64, device=answers.device)
+    counts.index_put_((answers, labels), torch.ones_like(answers), accumulate=True)
+    table = counts.cpu().numpy()
+    rows, columns = linear_sum_assignment(-table)
+    return float(table[rows, columns].sum()) / len(labels)

@@ -1,0 +1,49 @@
+"""Teachers whose class scores do not mean what they should are told from good ones."""
+
+import torch
+
+from diffkd.report.suspicion import suspicions
+
+
+def scores_of(answers, classes=10):
+    torch.manual_seed(0)
+    return torch.randn(len(answers), classes) + 20 * torch.nn.functional.one_hot(answers, classes)
+
+
+LABELS = torch.arange(200) % 10
+
+
+def test_a_good_teacher_is_not_suspected():
+    assert not list(suspicions(scores_of(LABELS), LABELS))
+    assert not list(suspicions(scores_of(LABELS), None))
+
+
+def test_classes_in_another_order():
+    chance, permuted = suspicions(scores_of((LABELS * 3 + 1) % 10), LABELS)
+    assert "right on 0.0 % of 200 test pictures: chance is 10.0 %" in chance
+    assert "right on 100.0 %: its classes seem permuted" in permuted
+
+
+def test_a_teacher_at_chance_is_not_called_permuted():
+    answers = torch.randint(10, (200,), generator=torch.Generator().manual_seed(1))
+    (chance,) = suspicions(scores_of(answers), LABELS)
+    assert "chance" in chance
+    assert not list(suspicions(scores_of(answers[:20]), LABELS[:20]))
+
+
+def test_probabilities_are_told_from_scores():
+    (told,) = suspicions(scores_of(LABELS).softmax(1), LABELS)
+    assert "ends in a softmax" in told
+
+
+def test_check_says_it_of_a_teacher_that_is_given(diffkd, tiny, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "from diffkd.models.simple import SimpleCNN\n"
+        "def net(num_classes=10):\n"
+        "    return nn.Sequential(SimpleCNN(4, 1, num_classes), nn.Softmax(1))\n"
+    )
+    words = ["teacher.model=own.py:net", "method=kd", "taps={'': ''}"]
+    status, out, err = diffkd("check", tiny, *words)
+    assert status == 0, err
+    assert "warning: the teacher's scores are probabilities" in out
