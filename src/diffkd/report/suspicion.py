@@ -35,7 +35,8 @@ def suspicions(scores: Tensor, labels: Tensor | None) -> Iterator[str]:
     if right > 2 / classes:
         return
     chance = 100 / classes
-    yield f"the teacher is right on {100 * right:.1f} % of {len(labels)} test pictures: chance is {chance:.1f} %"
+    told = f"the teacher is right on {100 * right:.1f} % of {len(labels)} test pictures"
+    yield f"{told}: chance is {chance:.1f} %"
     best = _best_order(answers, labels, classes)
     # Some order always fits a few pictures better than chance: only a clear case is said.
     if len(labels) >= 5 * classes and best > max(0.5, 3 / classes):
