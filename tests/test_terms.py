@@ -1,6 +1,7 @@
 """Comparisons are on equal terms: what belongs to distillation leaves teachers and controls alone."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -45,3 +46,50 @@ def test_a_control_at_another_weight_is_the_same_run(tiny, diffkd, tmp_path):
     assert diffkd("train", tiny, "output=b", "trainer.epochs=1", LIGHT)[0] == 0
     one, other = (json.loads((tmp_path / f"{n}/summary.json").read_text())["last"] for n in "ab")
     assert one == other
+
+
+def test_the_control_is_found_or_how_to_make_it_is_said(tiny, diffkd, tmp_path):
+    """The command that is said makes the run that the same distillation then shows, with the gain."""
+    words = ["distill", tiny, "method=kd", LIGHT, "trainer.epochs=1"]
+    status, out, _ = diffkd(*words, "output=a")
+    assert status == 0
+    assert "gain" not in out
+    (hint,) = (line for line in out.splitlines() if line.startswith("student alone"))
+    command = shlex.split(hint.partition(": diffkd ")[2])
+    assert diffkd(*command)[0] == 0
+    assert (tmp_path / "a-alone/summary.json").is_file()
+    status, out, _ = diffkd(*words, "output=a", "resume=true")
+    assert status == 0
+    scores = [_score(tmp_path / name) for name in ("a", "a-alone")]
+    assert f"gain over the student alone: {100 * (scores[0] - scores[1]):+.2f} points" in out
+    assert f"{100 * scores[1]:.2f} %" in next(line for line in out.splitlines() if "student alone" in line)
+
+
+def test_the_control_is_trained_on_request_and_belongs_to_its_own_recipe(tiny, diffkd, tmp_path):
+    words = ["distill", tiny, "method=kd", "trainer.epochs=1", "control=true"]
+    status, out, err = diffkd(*words, "output=a")
+    assert status == 0, err
+    assert "gain over the student alone" in out
+    assert "control" not in (tmp_path / "a/recipe.yaml").read_text()
+    assert diffkd("train", tiny, "output=b", "trainer.epochs=1")[0] == 0
+    assert _score(tmp_path / "a-alone") == _score(tmp_path / "b")
+    for other in (["seed=1"], ["optimizer.lr=0.01"]):
+        stamp = (tmp_path / "a-alone/summary.json").stat().st_mtime_ns
+        status, _, err = diffkd(*words, "output=a", "resume=true", *other)
+        assert status == 2
+        assert err.count("\n") == 1
+        assert (tmp_path / "a-alone/summary.json").stat().st_mtime_ns == stamp
+
+
+def test_the_usual_place_of_a_control_is_looked_at(tiny, diffkd):
+    assert diffkd("train", tiny, "trainer.epochs=1")[0] == 0
+    status, out, _ = diffkd("distill", tiny, "method=kd", "trainer.epochs=1", "output=elsewhere/a")
+    assert status == 0
+    assert "gain over the student alone" in out
+    status, out, _ = diffkd("distill", tiny, "method=kd", "trainer.epochs=1", "output=b", "optimizer.lr=0.01")
+    assert status == 0
+    assert "gain" not in out
+
+
+def _score(folder):
+    return json.loads((folder / "summary.json").read_text())["last"]["top1"]

@@ -39,7 +39,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def distill(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Distil the recipe's teacher into its student."""
+    """Distil the recipe's teacher into its student; control=true trains the student alone, too."""
     from diffkd.recipe.schema import load
 
     wanted = load(recipe, overrides or [])
@@ -164,9 +164,9 @@ def list_(
 def _run(recipe: "Recipe") -> None:
     # Imported now, not at the top: a mistake in the recipe has already shown, without a wait.
     from diffkd.report.summary import finish
-    from diffkd.training.fit import fit
+    from diffkd.training.control import fit_with_control
 
-    finish(fit(recipe))
+    finish(fit_with_control(recipe))
 
 
 def main() -> None:

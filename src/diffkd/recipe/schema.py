@@ -106,7 +106,11 @@ class TeacherRecipe(ModelRecipe):
 
 
 class Recipe(Section):
-    """One run, completely described."""
+    """One run, completely described.
+
+    Attributes:
+        control: whether `distill` also trains the student alone, as a run of its own.
+    """
 
     name: str = Field("run", exclude=True)
     task: TaskRecipe = TaskRecipe()
@@ -121,6 +125,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     output: str | None = None
     resume: bool = False
+    control: bool = Field(False, exclude=True)
 
     def run_folder(self) -> Path:
         """Where the run is written: `output`, or a place under `runs/` named after the recipe."""
@@ -156,6 +161,7 @@ class Recipe(Section):
                 "seed": train.seed,
                 "output": None,
                 "resume": False,
+                "control": False,
             }
         )
 

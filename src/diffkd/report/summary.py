@@ -8,6 +8,7 @@ from rich.table import Table
 from diffkd.errors import plain
 from diffkd.report.curves import draw_curves
 from diffkd.runs.folder import RunFolder
+from diffkd.training.control import control_hint, find_control
 from diffkd.training.devices import is_first
 
 
@@ -25,12 +26,30 @@ def finish(folder: RunFolder, *, quiet: bool = False) -> None:
     if quiet:
         return
     console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 120)
-    console.print(summary_table(summary))
+    control = find_control(folder)
+    alone = control.read_summary() if control is not None else None
+    console.print(summary_table(summary, alone))
+    hint = control_hint(folder) if alone is None else None
+    if alone is not None:
+        console.print(plain(_gain(summary, alone)), soft_wrap=True)
+    elif hint is not None:
+        console.print(plain(f"student alone, for comparison: {hint}"), soft_wrap=True)
     console.print(plain(f"run folder: {folder.path}"), soft_wrap=True)
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
-    """Teacher and student side by side: how good, how large, how fast."""
+def _gain(summary: dict[str, Any], alone: dict[str, Any]) -> str:
+    metric = summary["metric"]
+    points = 100 * (summary["last"][metric] - alone["last"][metric])
+    return f"gain over the student alone: {points:+.2f} points, one seed"
+
+
+def summary_table(summary: dict[str, Any], alone: dict[str, Any] | None = None) -> Table:
+    """Teacher and student side by side: how good, how large, how fast.
+
+    Args:
+        summary: of the run.
+        alone: of the run of the same student without a teacher.
+    """
     label = summary["metric_label"]
     table = Table(title=plain(_title(summary)))
     for column in ("", "model"):
@@ -40,11 +59,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
     student, teacher, metric = summary["student"], summary["teacher"], summary["metric"]
     if teacher is not None:
         table.add_row("teacher", plain(teacher["model"]), percent(teacher[metric]), "", *_costs(teacher))
-    axis = summary.get("axis", "epoch")
-    best = f"{percent(summary['best'][metric])} ({axis} {summary['best'][axis]})"
-    table.add_row(
-        "student", plain(student["model"]), percent(summary["last"][metric]), best, *_costs(student)
-    )
+    for name, run in (("student alone", alone), ("student", summary)):
+        if run is not None:
+            axis = run.get("axis", "epoch")
+            best = f"{percent(run['best'][metric])} ({axis} {run['best'][axis]})"
+            last = percent(run["last"][metric])
+            table.add_row(name, plain(student["model"]), last, best, *_costs(student))
     return table
 
 

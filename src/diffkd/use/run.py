@@ -9,7 +9,7 @@ from diffkd.errors import UserError
 from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import History, RunFolder
-from diffkd.training.fit import fit
+from diffkd.training.control import fit_with_control
 from diffkd.use.predict import Predicted, predict
 from diffkd.use.student import Student, load_student
 
@@ -69,7 +69,8 @@ def distill(recipe: str, on_epoch: OnEpoch | None = None, **overrides: Any) -> R
     Args:
         recipe: a built-in name, or a YAML file.
         on_epoch: is called after each evaluation with the run and its new row of figures.
-        overrides: of the recipe: `seed=1`, `trainer={"epochs": 5}`, `**{"data.root": "photos"}`.
+        overrides: of the recipe: `seed=1`, `control=True`,
+            `trainer={"epochs": 5}`, `**{"data.root": "photos"}`.
 
     Raises:
         UserError: the recipe cannot be run.
@@ -81,7 +82,7 @@ def distill(recipe: str, on_epoch: OnEpoch | None = None, **overrides: Any) -> R
     reporter = Reporter(progress=wanted.trainer.progress)
     if on_epoch is not None:
         reporter.on_row = lambda row: on_epoch(run, row)
-    fit(wanted, reporter)
+    fit_with_control(wanted, reporter)
     return run
 
 
