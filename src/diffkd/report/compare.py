@@ -318,8 +318,9 @@ def _finished(runs: Sequence[PlannedRun], notes: list[str]) -> list[FinishedRun]
 def _similarity(run: PlannedRun, teacher: str | None, notes: list[str]) -> Similarity:
     try:
         return similarity(run.folder, teacher)
-    except UserError as error:
-        notes.append(f"{run.label}: features are not compared: {error}")
+    except Exception as error:  # the runs are whole: whatever stands in its way, the report is written
+        first = str(error).partition("\n")[0] or type(error).__name__
+        notes[:] = dict.fromkeys([*notes, f"features are not compared: {first}"])
         return {}
 
 

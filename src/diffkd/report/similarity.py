@@ -3,11 +3,15 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from diffkd.assembly import Parts, assemble
+from diffkd.batch import Batch
+from diffkd.data.base import BatchedSplit, Split
 from diffkd.distiller import Distiller
 from diffkd.maths.layers import pooled
 from diffkd.maths.randomness import cpu_threads, seed_everything
@@ -18,14 +22,20 @@ from diffkd.use.trained import as_trained, load_methods
 MOST_PICTURES = 2048
 # Taps features for runs whose methods tap none, and has no weights of its own.
 OBSERVER = "sp"
+ESTIMATOR = "unbiased HSIC, even classes"  # what else is found in a run folder is measured anew
 
 Similarity = dict[str, dict[str, float | None]]
 
 
-def linear_cka(one: Tensor, other: Tensor) -> float:
-    """Linear centred kernel alignment of two features of the same samples, 0 to 1.
+def linear_cka(one: Tensor, other: Tensor) -> float | None:
+    """Linear centred kernel alignment of two features of the same samples, by the unbiased HSIC.
 
-    Kornblith et al., ICML 2019, arXiv 1905.00414.
+    1 for features that are the same up to rotation and scale, about 0 (a little below, too) for
+    independent ones, however many channels they have. None where one of them is constant, or there are
+    fewer than 4 samples.
+
+    Kornblith et al., ICML 2019, arXiv 1905.00414; the estimator of Song et al., JMLR 2012, for it in
+    Nguyen et al., ICLR 2021, arXiv 2010.15327.
 
     Args:
         one: `(N, C)`.
@@ -35,16 +45,35 @@ def linear_cka(one: Tensor, other: Tensor) -> float:
     >>> round(linear_cka(x, 3 * x + 1), 6)
     1.0
     """
-    one, other = (x.double() - x.double().mean(0) for x in (one, other))
-    shared = (one.T @ other).square().sum()
-    alone = (one.T @ one).norm() * (other.T @ other).norm()
-    return float(shared / alone.clamp_min(1e-30))
+    if len(one) < 4:
+        return None
+    kernels = [_kernel(x) for x in (one, other)]
+    shared = _unbiased_hsic(*kernels)
+    alone = [_unbiased_hsic(kernel, kernel) for kernel in kernels]
+    if min(alone) <= 1e-12:
+        return None
+    return float(shared / (alone[0] * alone[1]).sqrt())
+
+
+def _kernel(x: Tensor) -> Tensor:
+    """Products of every two samples `(N, N)` with an empty diagonal, scaled to a mean square of 1 or less."""
+    centred = x.double() - x.double().mean(0)
+    scale = centred.square().sum(1).mean().clamp_min(1e-30)
+    return (centred @ centred.T / scale).fill_diagonal_(0)
+
+
+def _unbiased_hsic(one: Tensor, other: Tensor) -> Tensor:
+    n = len(one)
+    rows, columns = one.sum(1), other.sum(1)
+    corrected = rows.sum() * columns.sum() / ((n - 1) * (n - 2)) - 2 * rows @ columns / (n - 2)
+    return ((one * other).sum() + corrected) / (n * (n - 3))
 
 
 def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
     """Linear CKA of each tapped pair of features on test pictures, before and after the method's layers.
 
-    Features are averaged over their positions. Kept in the run folder, and read from there later on.
+    The pictures are spread evenly over the classes, and are the same for every run. Features are averaged
+    over their positions. Kept in the run folder, and read from there later on.
 
     Args:
         folder: of a finished run.
@@ -61,16 +90,19 @@ def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
         method = recipe.method if "diffkd" in recipe.method else {OBSERVER: MethodRecipe()}
         trained = as_trained(recipe, folder, teacher_weights).model_copy(update={"method": method})
         found = _measure(trained, folder)
-    folder.write_text(place.name, json.dumps(found, indent=2) + "\n")
+    folder.write_text(place.name, json.dumps({"estimator": ESTIMATOR, "pairs": found}, indent=2) + "\n")
     return found
 
 
 def _read(place: Path) -> Similarity | None:
     """What was measured before; None where it was not, or where the file is damaged: it is measured anew."""
     try:
-        found = json.loads(place.read_bytes())
+        kept = json.loads(place.read_bytes())
     except (OSError, ValueError):
         return None
+    if not isinstance(kept, dict) or kept.get("estimator") != ESTIMATOR:
+        return None
+    found = kept.get("pairs")
     sides = ("before", "after")
     whole = isinstance(found, dict) and all(
         isinstance(row, dict)
@@ -108,18 +140,74 @@ def _features(distiller: Distiller, parts: Parts, device: torch.device) -> tuple
     """Pooled features of student and teacher, as they are and as the methods match them."""
     before: Rows = {}
     after: Rows = {}
-    seen = 0
-    for batch in parts.loader(parts.data.test, shuffle=False, device=device).epoch():
+    test = parts.data.test
+    chosen = _some(test, spread(_labels(test), len(test), MOST_PICTURES))
+    for batch in parts.loader(chosen, shuffle=False, device=device).epoch():
         student, teacher = distiller.features(batch)
         names = [pair.name for pair in distiller.pairs if not pair.is_logits]
         _add(before, {name: (student[name], teacher[name]) for name in names})
         for method in distiller.methods.values():
             matched: Mapping[str, tuple[Tensor, Tensor]] = method.matched(student, teacher)  # type: ignore[operator]
             _add(after, {name: matched[name] for name in names if name in matched})
-        seen += len(batch.images)
-        if seen >= MOST_PICTURES:
-            break
     return before, after
+
+
+class _Rows:
+    """Some of the samples of a split that is held in memory."""
+
+    def __init__(self, split: BatchedSplit, rows: Tensor) -> None:
+        self.split, self.rows = split, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device) -> "_Rows":
+        return _Rows(self.split.to(device), self.rows)
+
+    def batch(self, indices: Tensor, seed: int) -> Batch:
+        return self.split.batch(self.rows[indices], seed)
+
+
+def _some(split: Split, rows: Tensor) -> Split:
+    """Those samples of a split."""
+    if isinstance(split, BatchedSplit):
+        return _Rows(split, rows)
+    return Subset(split, rows.tolist())  # type: ignore[arg-type]
+
+
+def spread(labels: Tensor | None, count: int, most: int) -> Tensor:
+    """Indices of at most so many of `count` samples, evenly over their classes, in order; always the same.
+
+    Args:
+        labels: `(count,)` class of each; None spreads them evenly over the whole.
+        count: of the samples.
+        most: to be chosen.
+
+    >>> spread(torch.tensor([0, 0, 0, 0, 1, 1, 2]), 7, 5)
+    tensor([0, 1, 4, 5, 6])
+    """
+    if count <= most:
+        return torch.arange(count)
+    if labels is None:
+        return torch.linspace(0, count - 1, most).round().long()
+    order = labels.argsort(stable=True)
+    sizes = torch.unique_consecutive(labels[order], return_counts=True)[1]
+    turn = torch.empty(count, dtype=torch.long)
+    turn[order] = torch.arange(count) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return turn.argsort(stable=True)[:most].sort().values
+
+
+def _labels(split: Any) -> Tensor | None:
+    """Class of every sample, where a split or what it reads from lists them."""
+    places = None
+    while getattr(split, "targets", None) is None and getattr(split, "source", None) is not None:
+        places, split = getattr(split, "places", places), split.source
+    found = getattr(split, "targets", None)
+    if found is None:
+        return None
+    labels = torch.as_tensor(found).cpu()
+    labels = labels if places is None else labels[torch.as_tensor(places)]
+    return labels if labels.ndim == 1 and not labels.is_floating_point() else None
 
 
 def _add(rows: Rows, features: Mapping[str, tuple[Tensor, Tensor]]) -> None:
