@@ -3,9 +3,10 @@
 import sys
 
 import pytest
+from PIL import Image
 
 from conftest import TINY
-from diffkd import UserError, load_student
+from diffkd import Run, UserError, load_student
 from diffkd.data.base import builder
 from diffkd.models.base import build
 from diffkd.recipe.schema import load
@@ -83,6 +84,27 @@ def test_a_run_folder_of_own_code_asks_for_trust(hostile, diffkd):
     with pytest.raises(UserError, match="would run code"):
         load_student(hostile / "a")
     assert load_student(hostile / "a", trust=True).model is not None
+
+
+def test_every_use_of_a_student_of_own_code_asks_for_trust(hostile, diffkd):
+    code = "from diffkd.models.simple import SimpleCNN\n"
+    (hostile / "mine.py").write_text(f"{code}def net(num_classes): return SimpleCNN(4, 1, num_classes)\n")
+    Image.new("L", (8, 8), 90).save(hostile / "one.png")
+    words = ["tiny.yaml", "student=mine.py:net", "trainer.max_steps=1"]
+    assert diffkd("distill", *words, "output=a")[0] == 0
+    for command, rest in (("predict", ["one.png"]), ("export", []), ("visualize", ["one.png"])):
+        status, _, err = diffkd(command, "a", *rest)
+        assert (status, err.count("\n")) == (2, 1), err
+        assert "'mine.py:net' would run code; add trust=true if you trust it" in err
+        status, _, err = diffkd(command, "a", *rest, "trust=true")
+        assert status == 0, err
+    assert (hostile / "a/export/student.onnx").is_file()
+    assert (hostile / "a/denoising/index.html").is_file()
+    assert len(Run(hostile / "a", trust=True).predict(hostile / "one.png").rows) == 1
+    with pytest.raises(UserError, match="would run code"):
+        Run(hostile / "a").predict(hostile / "one.png")
+    status, _, err = diffkd("predict", "a", "one.png", "trust=maybe")
+    assert (status, "trust=maybe: needs true or false" in err) == (2, True)
 
 
 def test_odd_names_are_shown_as_they_are(hostile, diffkd):

@@ -27,6 +27,8 @@ from diffkd.runs.content import digests
 from diffkd.runs.identity import Identity, identify
 from diffkd.tasks.base import Figures, Task, task_class
 
+_FIRST = 16  # samples whose targets are looked at before any work
+
 
 @dataclass
 class Side:
@@ -98,6 +100,12 @@ class Parts:
         count = min(size, len(self.data.test))
         rows = self.loader(self.data.test, shuffle=False, batch_size=count, device=device)
         return self.task.sample(next(iter(rows.epoch())))
+
+    def first_targets(self, split: Split) -> Any:
+        """The targets of a split's first samples; None where they carry none."""
+        count = min(_FIRST, len(split))
+        rows = Loader(split, count, shuffle=False, seed=self.recipe.seed, collate=self.data.collate)
+        return next((batch.targets for batch in rows.epoch()), None)
 
     def notes(self) -> Iterator[str]:
         """What data and models decided for the user, in lines."""
@@ -338,11 +346,12 @@ def describe_student(parts: Parts, figures: Mapping[str, Any]) -> dict[str, Any]
 
 
 def check_outputs(parts: Parts, sample: Batch) -> None:
-    """Runs both models once.
+    """Runs both models once, and looks at the first targets.
 
     Raises:
-        UserError: an output does not fit the task.
+        UserError: an output or the targets do not fit the task.
     """
+    parts.task.check_data(parts.first_targets)
     sides = {"student": parts.student} | ({"teacher": parts.teacher} if parts.teacher else {})
     for what, side in sides.items():
         training = side.model.training

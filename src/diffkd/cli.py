@@ -95,7 +95,8 @@ def predict(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="PICTURES... [output=FOLDER] [top=5] [threshold=0.3]", help="Files, folders, patterns."
+            metavar="PICTURES... [output=FOLDER] [top=5] [threshold=0.3] [trust=true]",
+            help="Files, folders, patterns.",
         ),
     ],
 ) -> None:
@@ -116,7 +117,7 @@ def export(
         list[str] | None,
         typer.Argument(
             metavar="to=onnx|torch_export|torchscript|safetensors|timm [KEY=VALUE]...",
-            help="output, with_preparation, dynamic_batch, dynamic_size, opset, quantize=int8, verify=full",
+            help="output, with_preparation, dynamic_batch, dynamic_size, opset, quantize=int8, verify, trust=true",
         ),
     ] = None,
 ) -> None:
@@ -130,7 +131,9 @@ def export(
 @app.command()
 def visualize(
     run: RunFolderName,
-    pictures: Annotated[list[str], typer.Argument(metavar="PICTURES...", help="Files or folders.")],
+    pictures: Annotated[
+        list[str], typer.Argument(metavar="PICTURES... [trust=true]", help="Files or folders.")
+    ],
 ) -> None:
     """Show the denoising: the student's feature before, on its way and after, and the teacher's."""
     from diffkd.use.visualize import visualize as write

@@ -26,9 +26,10 @@ class AfDCD(Method):
         spatial = mean of -log(exp(s_i t_i / tau) / sum over positions j of the patch exp(s_i t_j / tau))
         channel = the same of the channels: a group of them in a patch against the patch's other groups.
 
-    For semantic segmentation; no labels, no memory and no second view are needed. The paper's text is
-    followed, no published code was looked at: its weights and patches differ by data set, and those
-    here (patches of 4, 4 groups, tau 0.5, weights 1, 0.1 and 0.1) are this project's choice.
+    For semantic segmentation; no labels, no memory and no second view are needed. This is the
+    method as its paper describes it in short, not a copy of the published code, which may differ in its
+    details. Patches of 4, 4 groups, tau 0.5 and the weights 1, 0.1 and 0.1 are chosen here: the paper's
+    differ by data set.
 
     Args:
         setup: what the run taps.

@@ -229,7 +229,9 @@ def _as_probabilities(targets: Tensor, num_classes: int) -> Tensor:
         return targets
     # not F.one_hot, which reads the targets back where it checks their range
     blank = torch.zeros(len(targets), num_classes, device=targets.device)
-    return blank.scatter_(1, targets[:, None], 1.0)
+    labels = targets.long()[:, None]
+    known = (labels >= 0) & (labels < num_classes)  # a row of zeros else, which the task finds
+    return blank.scatter_(1, labels.clamp(0, num_classes - 1), known.float())
 
 
 def _mixup(images: Tensor, share: float, random: np.random.Generator) -> tuple[Tensor, float]:

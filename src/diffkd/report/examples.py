@@ -70,7 +70,7 @@ def _first_scenes(
     truth: list[Tensor] = []
     classes = 0
     for label, folder in runs:
-        recipe = as_trained(load(str(folder.recipe_file)), folder, teacher_weights)
+        recipe = as_trained(load(str(folder.recipe_file), trust=True), folder, teacher_weights)
         first = "teacher" not in answers and recipe.teacher is not None and bool(recipe.method)
         parts = assemble(recipe, with_teacher=first)
         batch = next(iter(parts.loader(parts.data.test, shuffle=False, batch_size=SCENES).epoch()))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from diffkd.batch import Batch
-from diffkd.data.base import Data
+from diffkd.data.base import Data, Split
 from diffkd.errors import UserError
 from diffkd.names import load_class
 
@@ -152,6 +152,19 @@ class Task(ABC):
     def chance(self) -> float | None:
         """What guessing would score on `metric`, where that is known."""
         return None
+
+    def check_data(self, first: Callable[[Split], Any]) -> None:  # noqa: B027
+        """Raises UserError where the data's targets cannot serve the task.
+
+        Args:
+            first: gives the targets of the first samples of a split, None where there are none.
+        """
+
+    def check_seen(self) -> None:  # noqa: B027
+        """Raises UserError where targets that `train` met could not be used.
+
+        It may make the host wait, and is asked now and then.
+        """
 
     def check_output(self, output: Any, model: str) -> None:  # noqa: B027
         """Raises UserError where a model's output cannot serve the task; `model` names the model."""

@@ -236,6 +236,7 @@ class Trainer:
             self.logger.log_metrics({f"step/{k}": v for k, v in last.items()}, place.step)
 
     def _check_losses(self) -> None:
+        self.parts.task.check_seen()
         bad = self.meter.first_not_finite(self._all_reduce)
         if bad is not None:
             self._not_finite(f"loss '{bad[0]}' is not finite at step {bad[1]}")

@@ -37,6 +37,7 @@ class ExportOptions:
         dynamic_size: pictures of any size, where the model allows it.
         opset: of ONNX; None leaves it to the exporter.
         quantize: "int8" writes an ONNX model of 8-bit weights and activations beside the other.
+        trust: runs the code that the run folder names.
         verify: "sample" compares outputs on a few test pictures; "full" also measures the test data.
 
     Raises:
@@ -51,6 +52,7 @@ class ExportOptions:
     opset: int | None = None
     quantize: Literal["int8"] | None = None
     verify: Literal["sample", "full"] = "sample"
+    trust: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in (("to", Format), ("verify", Literal["sample", "full"])):
@@ -87,7 +89,7 @@ class ExportOptions:
 
 
 def _value(key: str, text: str) -> Any:
-    if key in ("with_preparation", "dynamic_batch", "dynamic_size"):
+    if key in ("with_preparation", "dynamic_batch", "dynamic_size", "trust"):
         if text not in ("true", "false"):
             raise UserError(f"{key}={text}: needs true or false")
         return text == "true"
@@ -138,7 +140,7 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
     Raises:
         UserError: the model cannot be exported so, or its answers differ; nothing is left behind then.
     """
-    folder, student = student_folder(run), load_student(run)
+    folder, student = student_folder(run), load_student(run, trust=options.trust)
     needs(options.to)
     place = _place(run, folder, options)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +148,7 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
         made = _copy(folder, place) if options.to == "safetensors" else _for_timm(folder, student, place)
         say(f"written: {made}")
         return made
-    parts = _parts(run)
+    parts = _parts(run, options.trust)
     module = Deployed(student, options.with_preparation).eval()
     images = _examples(student, parts, options.with_preparation)
     partial = place.with_name(f"writing-{place.name}")
@@ -174,12 +176,12 @@ def _place(run: str, folder: Path, options: ExportOptions) -> Path:
     return (Path(run) if folder.name == "student" else folder) / "export" / name
 
 
-def _parts(run: str) -> Parts | None:
+def _parts(run: str, trust: bool) -> Parts | None:
     """What the run was made of, where there is a run folder."""
     recipe = Path(run) / "recipe.yaml"
     if not recipe.is_file():
         return None
-    wanted = load(str(recipe))
+    wanted = load(str(recipe), trust=trust)
     seed_everything(wanted.seed)
     return assemble(wanted, with_teacher=False)
 

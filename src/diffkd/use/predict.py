@@ -22,7 +22,7 @@ from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.use.colours import palette
-from diffkd.use.student import Student, load_student
+from diffkd.use.student import Student, load_student, told_trust
 
 BATCH = 16
 
@@ -62,7 +62,13 @@ def find_pictures(words: Sequence[str]) -> list[Path]:
 
 
 def predict(
-    run: str, words: Sequence[str], output: str | None = None, top: int = 5, threshold: float = 0.3
+    run: str,
+    words: Sequence[str],
+    output: str | None = None,
+    top: int = 5,
+    threshold: float = 0.3,
+    *,
+    trust: bool = False,
 ) -> Predicted:
     """Answers of a run's student for picture files, prepared just as its test data was.
 
@@ -75,11 +81,12 @@ def predict(
         output: the folder to write to; None is `predictions/` in the run folder.
         top: classes to name for each picture (classification).
         threshold: least score of a box that is drawn (detection); all of them are written.
+        trust: runs the code that the run names, as in `load_student`.
 
     Raises:
         UserError: there is no such student or picture, or the folder cannot be written to.
     """
-    student = load_student(run)
+    student = load_student(run, trust=trust)
     places = find_pictures(words)
     folder = Path(output or Path(run) / "predictions")
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +113,7 @@ def predict_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
         UserError: an option's value cannot be understood.
     """
     options: dict[str, str] = {}
+    words, trust = told_trust(words)
     pictures = []
     for word in words:
         key, equals, value = word.partition("=")
@@ -119,7 +127,7 @@ def predict_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
         raise UserError("top=5 and threshold=0.3 need numbers") from None
     if not pictures:
         raise UserError("name pictures: files, folders or patterns")
-    done = predict(run, pictures, options.get("output"), top, threshold)
+    done = predict(run, pictures, options.get("output"), top, threshold, trust=trust)
     for row in done.rows[:10]:
         if "class" in row:
             print(f"{row['picture']}: {row['class']} ({100 * row['probability']:.1f} %)")

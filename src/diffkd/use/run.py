@@ -21,13 +21,14 @@ class Run:
 
     Args:
         folder: where it is.
+        trust: runs the code that the folder names, where its student is somebody's own.
 
     >>> Run("runs/digits/diffkd-seed0").folder.name
     'diffkd-seed0'
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, trust: bool = False) -> None:
+        self.folder, self.trust = Path(folder), trust
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -55,12 +56,12 @@ class Run:
     @property
     def student(self) -> Student:
         """The trained student, ready to answer."""
-        return load_student(self.folder)
+        return load_student(self.folder, trust=self.trust)
 
     def predict(self, pictures: str | Path | Sequence[str | Path], output: str | None = None) -> Predicted:
         """The student's answers for files, folders or patterns, as `diffkd predict` writes them."""
         words = [pictures] if isinstance(pictures, str | Path) else pictures
-        return predict(str(self.folder), [str(word) for word in words], output)
+        return predict(str(self.folder), [str(word) for word in words], output, trust=self.trust)
 
 
 def distill(recipe: str, on_epoch: OnEpoch | None = None, **overrides: Any) -> Run:
@@ -78,7 +79,7 @@ def distill(recipe: str, on_epoch: OnEpoch | None = None, **overrides: Any) -> R
     wanted = load(recipe, list(words(overrides)))
     if wanted.method and wanted.teacher is None:
         raise UserError(f"recipe '{recipe}' has no teacher; set teacher=..., or use diffkd.train")
-    run = Run(wanted.run_folder())
+    run = Run(wanted.run_folder(), trust=True)  # its code has just run
     reporter = Reporter(progress=wanted.trainer.progress)
     if on_epoch is not None:
         reporter.on_row = lambda row: on_epoch(run, row)

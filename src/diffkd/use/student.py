@@ -87,7 +87,9 @@ def load_student(run: str | Path, *, trust: bool = False) -> Student:
     config = read_config(folder)
     code = [name for name in (config["model"], config["task"]) if is_path(str(name))]
     if code and not trust:
-        raise UserError(f"'{folder / 'config.json'}': '{code[0]}' would run code; trust=True if you trust it")
+        raise UserError(
+            f"'{folder / 'config.json'}': '{code[0]}' would run code; add trust=true if you trust it"
+        )
     shape = tuple(config["image_shape"])
     names = tuple(config.get("class_names") or map(str, range(config["num_classes"] or 0)))
     channels, height, width = config.get("input_shape") or shape
@@ -113,6 +115,22 @@ def load_student(run: str | Path, *, trust: bool = False) -> Student:
     task = task_class(config["task"])(data, **config.get("task_options", {}))
     view = TestView.of(config["view"]) if "view" in config else _old_view(data, task)
     return Student(model.eval(), prepare, view, task, names, config)
+
+
+def told_trust(words: Iterable[str]) -> tuple[list[str], bool]:
+    """A command line's words without `trust=true`, and whether it was among them.
+
+    Raises:
+        UserError: another value stands there.
+
+    >>> told_trust(["a.jpg", "trust=true"])
+    (['a.jpg'], True)
+    """
+    told = [word for word in words if word.startswith("trust=")]
+    for word in told:
+        if word not in ("trust=true", "trust=false"):
+            raise UserError(f"{word}: needs true or false")
+    return [word for word in words if word not in told], "trust=true" in told
 
 
 def student_folder(run: str | Path) -> Path:

@@ -33,14 +33,19 @@ def load_methods(distiller: Distiller, folder: RunFolder) -> None:
     distiller.methods.load_state_dict(state)
 
 
-def rebuild(run: str) -> tuple[Parts, Distiller]:
+def rebuild(run: str, *, trust: bool = False) -> tuple[Parts, Distiller]:
     """A finished run's parts and its distiller, as it ended, in eval mode.
 
+    Args:
+        run: the folder.
+        trust: runs the code that it names.
+
     Raises:
-        UserError: there is no finished run, it was trained without a teacher, or its teacher is gone.
+        UserError: there is no finished run, it was trained without a teacher, its teacher is gone, or it
+            names code and is not trusted.
     """
     folder = RunFolder(run)
-    summary, recipe = folder.read_summary(), load(str(folder.recipe_file))
+    summary, recipe = folder.read_summary(), load(str(folder.recipe_file), trust=trust)
     if summary["teacher"] is None:
         raise UserError(f"the run in '{run}' had no teacher")
     seed_everything(recipe.seed)  # a teacher with fresh weights is the same again

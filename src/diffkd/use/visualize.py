@@ -20,7 +20,7 @@ from diffkd.errors import UserError
 from diffkd.methods.diffkd import DiffKD, DiffKDMethod
 from diffkd.runs.disk import write_atomically
 from diffkd.use.predict import find_pictures
-from diffkd.use.student import load_student
+from diffkd.use.student import load_student, told_trust
 from diffkd.use.trained import rebuild
 
 
@@ -32,14 +32,15 @@ def visualize(run: str, words: Sequence[str], say: Callable[[str], None] = print
 
     Args:
         run: the folder of a finished run with method diffkd.
-        words: files, folders, patterns.
+        words: files, folders, patterns, and `trust=true` for a run of code that the run folder names.
         say: is told where the page is.
 
     Raises:
         UserError: the run did not use DiffKD on a map, or there is no such picture.
     """
+    words, trust = told_trust(words)
     places = find_pictures(words)
-    parts, distiller = rebuild(run)
+    parts, distiller = rebuild(run, trust=trust)
     method = next((m for m in distiller.methods.values() if isinstance(m, DiffKDMethod)), None)
     if method is None:
         raise UserError(f"the run in '{run}' did not use method diffkd: there is no denoising to show")
@@ -47,7 +48,7 @@ def visualize(run: str, words: Sequence[str], say: Callable[[str], None] = print
     maps = {name: diffkd for name, diffkd in taps.items() if diffkd.spatial_dims == 2}
     if not maps:
         raise UserError(f"the run in '{run}' denoised no feature map, and vectors are no pictures")
-    student, folder = load_student(run), Path(run) / "denoising"
+    student, folder = load_student(run, trust=trust), Path(run) / "denoising"
     folder.mkdir(exist_ok=True)
     shown = []
     for number, place in enumerate(places):

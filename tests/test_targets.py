@@ -1,0 +1,130 @@
+"""Targets of one's own data that are no class indices: named before any work, or at the end of an epoch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffkd import Batch
+from diffkd.data.base import Data
+from diffkd.errors import UserError
+from diffkd.pictures.memory import mix_batch
+from diffkd.tasks.classification import Classification
+
+DATA = """
+import torch
+from diffkd import Data
+
+LABELS = torch.arange(64) % 3
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, targets): self.targets = targets
+    def __len__(self): return len(self.targets)
+    def __getitem__(self, i): return torch.full((1, 8, 8), float(LABELS[i]) / 3), self.targets[i]
+
+def targets(kind):
+    one_hot = torch.eye(3)[LABELS]
+    late = LABELS.clone()
+    late[50] = 12
+    multi = one_hot.clone()
+    multi[::2, 0] = 1
+    return {
+        "one-hot": one_hot.long(), "multi-hot": multi, "float64": LABELS.double(), "high": LABELS + 1,
+        "scores": one_hot * 5, "wide": torch.zeros(64, 7), "words": [str(i) for i in LABELS.tolist()],
+        "late": late, "int32": LABELS.int(), "probabilities": one_hot.double() * 0.7 + 0.1,
+        "column": LABELS[:, None],
+    }[kind]
+
+def build(root, *, kind: str, test: str = "int32"):
+    return Data(Rows(targets(kind)), Rows(targets(test)), num_classes=3, image_shape=(1, 8, 8))
+"""
+REFUSED = {
+    "one-hot": r"training data: the targets are one-hot (16, 3); .*: give target.argmax() for each picture",
+    "multi-hot": "training data: the targets are multi-hot (16, 3), several classes or none for a picture",
+    "float64": "training data: the targets are float64 (16,); classification needs class indices (B,)",
+    "high": "training data: target 3 is no class of 0 to 2; mend it, or set the data's num_classes",
+    "scores": "training data: the targets (16, 3) are no probabilities: a row sums to 5",
+    "wide": "training data: the targets are float32 (16, 7); classification needs class indices (B,)",
+    "words": "training data: the targets are a tuple; classification needs class indices (B,)",
+    "column": "training data: the targets are int64 (16, 1); classification needs class indices (B,)",
+}
+
+
+@pytest.fixture
+def own(tiny, tmp_path, diffkd):
+    (tmp_path / "own.py").write_text(DATA)
+    (tmp_path / "own.yaml").write_text("base: tiny.yaml\ntrainer: {epochs: 1}\n")
+
+    def run(command, kind, *words):
+        settings = [f"data.kind={kind}", "data.batch_size=16", "data.workers=0", *words]
+        words = ["own.yaml", "data=own.py:build", *settings]
+        return diffkd(command, *words, *(["output=a"] if command == "train" else []))
+
+    return run
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_targets_that_are_no_classes_are_named_before_any_work(own, tmp_path, kind):
+    status, _, err = own("train", kind)
+    assert (status, err.count("\n")) == (2, 1)
+    first, _, rest = REFUSED[kind].partition(".*")
+    assert first in err
+    assert rest in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_check_looks_at_them_too_and_at_the_test_datas(own):
+    status, _, err = own("check", "one-hot")
+    assert (status, "one-hot" in err) == (2, True)
+    status, _, err = own("check", "int32", "data.test=float64")
+    assert (status, "test data: the targets are float64 (16,)" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("mixup", [0, 0.8])
+def test_a_label_out_of_range_in_a_later_batch_ends_the_epoch_in_one_line(own, mixup):
+    status, _, err = own("train", "late", "trainer.log_every=1000", f"data.mixup={mixup}")
+    assert status == 2
+    assert "Traceback" not in err
+    assert "targets are neither classes of 0 to 2 nor probabilities that sum to 1 (found: " in err
+    assert ("found: 12)" in err) == (not mixup)
+
+
+@pytest.mark.parametrize("kind", ["int32", "probabilities"])
+def test_other_kinds_of_numbers_train(own, kind):
+    status, out, err = own("train", kind, "data.test=probabilities", "optimizer.lr=0.1")
+    assert status == 0, err
+    assert "top-1" in out + err
+
+
+def task():
+    return Classification(Data([], [], 3, (1, 8, 8)))
+
+
+def test_losses_of_good_targets_are_cross_entropys_own():
+    scores, images, good = torch.randn(4, 3), torch.zeros(4, 1, 8, 8), torch.tensor([0, 2, 1, -100])
+    classes = task()
+    loss = classes.loss(scores, Batch(images, good))["cross_entropy"]
+    assert torch.equal(loss, F.cross_entropy(scores, good))
+    shares = torch.rand(4, 3).double().softmax(1)
+    loss = classes.loss(scores, Batch(images, shares))["cross_entropy"]
+    assert torch.equal(loss, F.cross_entropy(scores, shares.float()))
+    classes.check_seen()
+
+
+def test_wrong_targets_teach_nothing_and_are_counted():
+    scores, images = torch.randn(4, 3), torch.zeros(4, 1, 8, 8)
+    classes = task()
+    loss = classes.loss(scores, Batch(images, torch.tensor([0, 7, -1, 2])))["cross_entropy"]
+    assert torch.equal(loss, F.cross_entropy(scores[[0, 3]], torch.tensor([0, 2])))
+    classes.loss(scores, Batch(images, torch.tensor([0, 1, 5, 2])))
+    with pytest.raises(UserError, match=r"3 targets are neither .* \(found: 7\)"):
+        classes.check_seen()
+    classes.check_seen()
+
+
+def test_mixup_of_a_label_out_of_range_is_found():
+    batch = Batch(torch.zeros(2, 1, 4, 4), torch.tensor([0, 9]))
+    mixed = mix_batch(batch, 3, 0.8, 0.0, torch.Generator().manual_seed(0))
+    classes = task()
+    classes.loss(torch.zeros(2, 3), mixed)
+    with pytest.raises(UserError, match="2 targets are neither"):
+        classes.check_seen()
