@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffkd.recipe.schema import Recipe
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -117,7 +117,7 @@ def export(
         list[str] | None,
         typer.Argument(
             metavar="to=onnx|torch_export|torchscript|safetensors|timm [KEY=VALUE]...",
-            help="output, with_preparation, dynamic_batch, dynamic_size, opset, quantize=int8, verify, trust=true",
+            help="output, with_preparation, dynamic_batch, dynamic_size, opset, quantize, verify, trust=true",
         ),
     ] = None,
 ) -> None:
@@ -162,6 +162,49 @@ def list_(
 
     for line in listing(what, like):
         print(line)
+
+
+@app.command()
+def settings(
+    what: Annotated[
+        str, typer.Argument(metavar="[SECTION|METHOD|DATA|TASK]", help="None: all sections.")
+    ] = "",
+) -> None:
+    """Every key of a recipe with its type, its default and what it does."""
+    from diffkd.report.settings import settings as lines
+
+    for line in lines(what):
+        print(line)
+
+
+@app.command()
+def schema() -> None:
+    """Print a JSON schema of recipes, for editors of YAML."""
+    import json
+
+    from diffkd.report.settings import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def clean(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[teachers] [older=30d] [yes=true]", help="Without words, only a list."),
+    ] = None,
+) -> None:
+    """List the teachers kept in the cache, with size and age; remove them on request."""
+    from diffkd.report.clean import Wanted, kept_teachers, remove
+
+    wanted = Wanted.parse(words or [])
+    found = kept_teachers(wanted.older)
+    for kept in found:
+        print(kept)
+    print(f"{len(found)} teachers, {sum(kept.size for kept in found) / 1e6:.1f} MB")
+    if found and wanted.remove and (wanted.sure or typer.confirm("remove them?")):
+        for line in remove(found):
+            print(line)
 
 
 def _run(recipe: "Recipe") -> None:

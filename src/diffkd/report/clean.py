@@ -1,0 +1,118 @@
+"""The teachers that are kept in the cache: what there is, and its removal."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from diffkd.errors import UserError
+from diffkd.runs.places import cache_folder
+
+_UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A made teacher in the cache.
+
+    Attributes:
+        path: its folder.
+        size: bytes.
+        age: seconds since it was last written to.
+        locked: another process is writing it.
+    """
+
+    path: Path
+    size: int
+    age: float
+    locked: bool
+
+    def __str__(self) -> str:
+        days, state = self.age / _UNITS["d"], ", in use" if self.locked else ""
+        return f"{self.path.name}: {self.size / 1e6:.1f} MB, {days:.1f} days old{state}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `diffkd clean` is asked for.
+
+    Attributes:
+        remove: the teachers, or nothing: they are listed only.
+        older: seconds since they were written.
+        sure: nobody is asked.
+    """
+
+    remove: bool = False
+    older: float = 0.0
+    sure: bool = False
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> "Wanted":
+        """From a command line's words.
+
+        Raises:
+            UserError: a word is not understood.
+
+        >>> Wanted.parse(["teachers", "older=30d"])
+        Wanted(remove=True, older=2592000.0, sure=False)
+        """
+        remove, older, sure = False, 0.0, False
+        for word in words:
+            key, _, value = word.partition("=")
+            match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", value)
+            if word == "teachers":
+                remove = True
+            elif key == "older" and match:
+                older = float(match[1]) * _UNITS[match[2]]
+            elif word in ("yes=true", "yes=false"):
+                sure = value == "true"
+            else:
+                raise UserError(f"clean takes: teachers older=30d yes=true (h, d or w), not '{word}'")
+        return cls(remove, older, sure)
+
+
+def kept_teachers(older: float = 0.0) -> list[Kept]:
+    """The made teachers that are at least `older` seconds old, the oldest first."""
+    found = [_look(place) for place in (cache_folder() / "teachers").glob("*/") if place.is_dir()]
+    return sorted((kept for kept in found if kept.age >= older), key=lambda kept: -kept.age)
+
+
+def remove(teachers: Sequence[Kept]) -> Iterator[str]:
+    """Removes teachers that nobody is writing; a line for each."""
+    for kept in teachers:
+        with ExitStack() as held:
+            if not _taken(kept.path, held):
+                yield f"{kept.path.name}: in use, left"
+                continue
+            shutil.rmtree(kept.path, ignore_errors=True)
+            yield f"{kept.path.name}: " + ("cannot be removed" if kept.path.exists() else "removed")
+        if not kept.path.exists():
+            _beside(kept.path).unlink(missing_ok=True)
+
+
+def _look(place: Path) -> Kept:
+    files = [path.stat() for path in place.rglob("*") if path.is_file()]
+    newest = max([place.stat().st_mtime, *(file.st_mtime for file in files if file.st_size)])
+    with ExitStack() as held:
+        free = _taken(place, held)
+    return Kept(place, sum(file.st_size for file in files), max(time.time() - newest, 0.0), not free)
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f"{place.name}.lock")
+
+
+def _taken(place: Path, held: ExitStack) -> bool:
+    """Takes the locks of a teacher that its makers hold, where they are there and free."""
+    for lock in (_beside(place), place / ".lock"):
+        if lock.is_file():
+            try:
+                held.enter_context(FileLock(lock, timeout=0))
+            except Timeout:
+                return False
+    return True

@@ -1,0 +1,159 @@
+"""What a recipe may say: every key with its type, its default and what it does, and a schema for editors."""
+
+import inspect
+import re
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from diffkd.errors import UserError, nearest
+from diffkd.names import is_path, options_of, submodules
+from diffkd.recipe import schema, training
+
+_SECTIONS: dict[str, tuple[type, ...]] = {
+    "recipe": (schema.Recipe,),
+    "task": (schema.TaskRecipe,),
+    "data": (schema.DataRecipe,),
+    "student": (schema.ModelRecipe,),
+    "teacher": (schema.TeacherRecipe,),
+    "teacher.train": (schema.TeacherTraining,),
+    "method": (schema.MethodRecipe,),
+    "optimizer": (training.Sgd, training.AdamW, training.RmspropTf),
+    "schedule": get_args(training.ScheduleRecipe),
+    "trainer": (training.TrainerRecipe,),
+}
+_ROOMS = ("methods", "data", "tasks")
+_HEAD = re.compile(r"(\w+(?:, \w+)*): ?(.*)")
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON schema of recipes, for editors of YAML; names of methods, data and tasks stay open.
+
+    >>> "student" in json_schema()["properties"]
+    True
+    """
+    return schema.Recipe.model_json_schema()
+
+
+def settings(what: str = "") -> Iterator[str]:
+    """Lines `key  type  default  sentence` of a section, a method, a data set or a task; of all sections.
+
+    Raises:
+        UserError: there is nothing of that name.
+    """
+    for name in [what] if what else _SECTIONS:
+        yield from _section(name) if name in _SECTIONS else _choice(name)
+
+
+def _section(name: str) -> Iterator[str]:
+    for kind in _SECTIONS[name]:
+        fields: Mapping[str, FieldInfo] = kind.model_fields  # type: ignore[attr-defined]
+        chosen = fields["name"].default if len(_SECTIONS[name]) > 1 else None
+        told = {k: v for base in reversed(kind.__mro__) for k, v in described(base.__doc__, fields).items()}
+        yield f"{name}{f' {chosen}' if chosen else ''}: {_sentence(inspect.getdoc(kind) or '')}"
+        prefix = "" if name == "recipe" else f"{name}."
+        for key, field in fields.items():
+            default = field.get_default(call_default_factory=True)
+            shown = "" if isinstance(default, schema.Section) else _default(default)
+            yield _line(f"{prefix}{key}", _kind(field.annotation), shown, told.get(key, ""))
+
+
+def _choice(name: str) -> Iterator[str]:
+    """The options of a method, a data set or a task."""
+    from diffkd.data.base import builder
+    from diffkd.methods.base import method_class
+    from diffkd.tasks.base import task_class
+
+    finders: dict[str, Any] = {"methods": method_class, "data": builder, "tasks": task_class}
+    rooms = [room for room in _ROOMS if name in submodules(f"diffkd.{room}")]
+    if not rooms:
+        if is_path(name):
+            raise UserError(f"settings of '{name}': code of your own is not loaded; see its own docstring")
+        known = [*_SECTIONS, *(choice for room in _ROOMS for choice in submodules(f"diffkd.{room}"))]
+        raise UserError(f"no section, method, data set or task '{name}'{nearest(name, known)}")
+    for room in rooms:
+        build = finders[room](name)
+        options, where = options_of(build), {"methods": f"method.{name}", "tasks": "task"}.get(room, room)
+        yield f"{where}: {_sentence(inspect.getdoc(build) or '')}"
+        if room == "methods":
+            yield _line(f"{where}.weight", "number | auto", _default(build.weight), "")
+        told = described(inspect.getdoc(build), options)
+        for key, option in options.items():
+            needed = option.default is option.empty
+            default = "needed" if needed else _default(option.default)
+            kind = "any" if option.annotation is option.empty else _kind(option.annotation)
+            yield _line(f"{where}.{key}", kind, default, told.get(key, ""))
+
+
+def described(text: str | None, keys: Mapping[str, Any]) -> dict[str, str]:
+    r"""The first sentence that a docstring's `Args:` or `Attributes:` has for each key.
+
+    >>> described("Sum.\n\nArgs:\n    a, b: the numbers,\n        both. More.", {"b": 0})
+    {'b': 'the numbers, both.'}
+    """
+    found: dict[str, str] = {}
+    names: list[str] = []
+    inside = False
+    for line in inspect.cleandoc(text or "").splitlines():
+        if re.fullmatch(r"\w+:", line):
+            inside, names = line in ("Args:", "Attributes:"), []
+        elif inside and line.startswith("    "):
+            head = _HEAD.fullmatch(line[4:])
+            if head and line[4] != " ":
+                names = head[1].split(", ")
+            said = head[2] if head and line[4] != " " else line.strip()
+            for name in names:
+                found[name] = f"{found.get(name, '')} {said}".strip()
+    for said in list(found.values()):  # `mean, std: ...; size: ...` is about two
+        for part in said.split("; ")[1:]:
+            head = _HEAD.fullmatch(part)
+            if head and all(name in keys for name in head[1].split(", ")):
+                found |= dict.fromkeys(head[1].split(", "), head[2])
+    return {name: _sentence(said) for name, said in found.items() if name in keys}
+
+
+def _sentence(text: str) -> str:
+    """The first sentence, as one line."""
+    first = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=[^.][^.][.])\s+(?=[A-Z`0-9])", first)[0]
+
+
+def _line(key: str, kind: str, default: str, said: str) -> str:
+    return f"  {key:<32}{kind:<28}{default:<16}{said}".rstrip()
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined or value is None:
+        return "needed" if value is PydanticUndefined else "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_WORDS: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true | false", Any: "any"}
+_WORDS[type(None)] = "null"
+
+
+def _kind(annotation: Any) -> str:
+    """A type in a recipe's words.
+
+    >>> _kind(Literal["a", "b"] | None), _kind(list[int])
+    ('a | b | null', 'list of integer')
+    """
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(parts[0])
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (Union, types.UnionType):
+        return " | ".join(dict.fromkeys(map(_kind, parts)))
+    if origin in (list, tuple):
+        return f"list of {_kind(parts[0])}"
+    if origin is dict:
+        return f"{_kind(parts[1])} by name"
+    if inspect.isclass(annotation) and issubclass(annotation, schema.Section):
+        return "section"
+    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))

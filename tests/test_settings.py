@@ -1,0 +1,91 @@
+"""What there is to set, a schema of it, and what the cache keeps."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from diffkd.recipe.files import builtin
+
+
+def test_every_section_says_its_keys_with_type_default_and_meaning(diffkd):
+    status, out, err = diffkd("settings", "trainer")
+    assert status == 0, err
+    lines = {line.split()[0]: " ".join(line.split()) for line in out.splitlines()}
+    assert lines["trainer.ema"] == (
+        "trainer.ema number | null null decay of the averaged student, which is then what is evaluated and "
+        "shipped."
+    )
+    assert lines["trainer.precision"].startswith("trainer.precision fp32 | bf16 | fp16 fp32")
+    status, out, _ = diffkd("settings", "optimizer")
+    assert (status, out.count("optimizer.lr "), "optimizer adamw:" in out) == (0, 3, True)
+    assert "what the learning rate of a layer" in out
+
+
+def test_options_of_methods_data_and_tasks(diffkd):
+    status, out, _ = diffkd("settings", "kd")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert (status, lines[1]) == (0, "method.kd.weight number | auto 0.9")
+    assert any(line.startswith("method.kd.temperature number 4") and len(line) > 40 for line in lines)
+    status, out, _ = diffkd("settings", "classification")
+    assert (status, "task.label_smoothing" in out) == (0, True)
+    assert "share of the target probability" in out
+    status, out, _ = diffkd("settings", "folder")
+    assert (status, "data.image_size" in out) == (0, True)
+    status, out, _ = diffkd("settings")
+    assert (status, "student.weights" in out, "trainer.epochs" in out) == (0, True, True)
+    status, _, err = diffkd("settings", "diffdk")
+    assert (status, "did you mean 'diffkd'" in err) == (2, True)
+
+
+def test_the_schema_describes_the_recipes_that_come_along(diffkd):
+    status, out, _ = diffkd("schema")
+    schema = json.loads(out)
+    assert status == 0
+    assert schema["properties"]["seed"] == {"default": 0, "minimum": 0, "title": "Seed", "type": "integer"}
+    trainer = schema["$defs"]["TrainerRecipe"]["properties"]
+    for place in builtin().values():
+        content = yaml.safe_load(place.read_text())
+        assert set(content) <= {*schema["properties"], "base"}
+        assert set(content.get("trainer") or {}) <= set(trainer)
+
+
+@pytest.fixture
+def teachers(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFKD_CACHE", str(tmp_path / "cache"))
+    for name, days in (("old", 40), ("busy", 50), ("new", 1)):
+        folder = tmp_path / "cache/teachers" / name
+        (folder / "student").mkdir(parents=True)
+        (folder / "student/model.safetensors").write_bytes(b"0" * 1_500_000)
+        folder.with_name(f"{name}.lock").touch()
+        for place in (folder / "student/model.safetensors", folder / "student", folder):
+            os.utime(place, (time.time() - days * 86400,) * 2)
+    return tmp_path / "cache/teachers"
+
+
+def test_clean_lists_and_removes_what_is_old_and_not_in_use(teachers, diffkd):
+    status, out, _ = diffkd("clean")
+    assert (status, out.splitlines()[0]) == (0, "busy: 1.5 MB, 50.0 days old")
+    assert out.splitlines()[-1] == "3 teachers, 4.5 MB"
+    with FileLock(teachers / "busy.lock"):
+        status, out, _ = diffkd("clean", "teachers", "older=30d", "yes=true")
+        assert status == 0
+        assert "busy: 1.5 MB, 50.0 days old, in use" in out
+        assert "busy: in use, left" in out
+        assert "old: removed" in out
+    assert {p.name for p in teachers.iterdir() if p.is_dir()} == {"busy", "new"}
+    assert not (teachers / "old.lock").exists()
+    status, _, err = diffkd("clean", "everything")
+    assert (status, "clean takes: teachers older=30d" in err) == (2, True)
+
+
+def test_clean_asks_first(teachers):
+    command = [sys.executable, "-m", "diffkd", "clean", "teachers"]
+    done = subprocess.run(command, input="n\n", capture_output=True, text=True, check=False)
+    assert (done.returncode, "remove them?" in done.stdout) == (0, True), done.stderr
+    assert len([p for p in teachers.iterdir() if p.is_dir()]) == 3
