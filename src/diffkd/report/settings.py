@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from diffkd.errors import UserError, nearest
 from diffkd.names import is_path, options_of, submodules
 from diffkd.recipe import schema, training
+from diffkd.recipe.base import Section
 
 _SECTIONS: dict[str, tuple[type, ...]] = {
     "recipe": (schema.Recipe,),
@@ -57,7 +58,7 @@ def _section(name: str) -> Iterator[str]:
         prefix = "" if name == "recipe" else f"{name}."
         for key, field in fields.items():
             default = field.get_default(call_default_factory=True)
-            shown = "" if isinstance(default, schema.Section) else _default(default)
+            shown = "" if isinstance(default, Section) else _default(default)
             yield _line(f"{prefix}{key}", _kind(field.annotation), shown, told.get(key, ""))
 
 
@@ -154,6 +155,6 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(parts[0])}"
     if origin is dict:
         return f"{_kind(parts[1])} by name"
-    if inspect.isclass(annotation) and issubclass(annotation, schema.Section):
+    if inspect.isclass(annotation) and issubclass(annotation, Section):
         return "section"
     return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
