@@ -66,7 +66,9 @@ def test_a_student_is_distilled_evaluated_and_resumed_bit_by_bit(diffkd, tmp_pat
     assert status == 0, said
     assert out.count("as recorded") == len(summary["last"])
 
-    status, _, said = diffkd("distill", *WORDS, root, "output=parts", "trainer.save_every=1")
+    status, _, said = diffkd(
+        "distill", *WORDS, root, "output=parts", "trainer.save_every=1", "trainer.keep=all"
+    )
     assert status == 0, said
     saved = sorted((tmp_path / "parts/checkpoints").iterdir())
     for later in saved[1:]:

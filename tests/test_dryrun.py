@@ -66,7 +66,7 @@ def test_what_fails_in_training_mode_alone_is_refused_before_any_work(run, tmp_p
 
 
 def test_weights_without_gradient_are_said_and_do_not_stand_in_the_way_of_resume(run, tmp_path):
-    words = ["method=none", "optimizer=adamw", "trainer.epochs=3"]
+    words = ["method=none", "optimizer=adamw", "trainer.epochs=3", "trainer.keep=all"]
     whole, said = run("unused", *words)
     assert any("no gradient reaches 2 weights" in line and "unused.weight" in line for line in said)
     weights = load_file(whole.student_file)

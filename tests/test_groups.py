@@ -133,6 +133,7 @@ def test_nothing_left_to_train_is_said():
 
 def test_a_run_leaves_frozen_layers_alone_evaluations_in_between(tiny, tmp_path):
     words = ["method=none", "student.freeze=[stage1]", "student.freeze_norm=true", "trainer.eval_every=2"]
+    words.append("trainer.keep=all")
     folder = fit(load(str(tiny), [*words, f"output={tmp_path / 'a'}"]), Reporter(quiet=True))
     states = [load_checkpoint(path)["model"] for path in folder.list_checkpoints()]
     moved = {name for name, value in states[0].items() if not torch.equal(value, states[-1][name])}

@@ -112,7 +112,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(tiny, tmp_path, number):
 
 
 def test_damaged_newest_checkpoint_is_set_aside(tiny, tmp_path):
-    words = ["trainer.epochs=3"]
+    words = ["trainer.epochs=3", "trainer.keep=all"]
     undisturbed = run(tiny, tmp_path / "a", *words)
     folder = run(tiny, tmp_path / "b", *words)
     (folder.path / "summary.json").unlink()
@@ -129,7 +129,7 @@ def test_damaged_newest_checkpoint_is_set_aside(tiny, tmp_path):
 
 
 def test_truncated_checkpoint_is_set_aside(tiny, tmp_path):
-    folder = run(tiny, tmp_path / "b")
+    folder = run(tiny, tmp_path / "b", "trainer.keep=all")
     newest = folder.list_checkpoints()[-1]
     os.truncate(newest, newest.stat().st_size // 2)
     said = []
@@ -138,7 +138,7 @@ def test_truncated_checkpoint_is_set_aside(tiny, tmp_path):
 
 
 def test_keeps_the_last_two_and_the_best(tiny, tmp_path):
-    folder = run(tiny, tmp_path / "a", "trainer.epochs=6", "optimizer.lr=0.1")
+    folder = run(tiny, tmp_path / "a", "trainer.epochs=6", "optimizer.lr=0.1", "trainer.keep=all")
     history = folder.read_history()
     steps = [row["step"] for row in history]
     best = max(history, key=lambda row: row["top1"])["step"]

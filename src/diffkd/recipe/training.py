@@ -124,6 +124,8 @@ class TrainerRecipe(Section):
             epoch, or 20 times in a run that is given in steps.
         ema: decay of the averaged student, which is then what is evaluated and shipped.
         save_every: optimizer steps between checkpoints; one is always written at an evaluation.
+        keep: of a finished run's checkpoints: `last`, the last one's weights alone; `all`, the last two and
+            the best with all that they hold.
         threads: CPU threads; small models are faster with 1, and the same number gives the same bits.
         max_steps: stops after so many optimizer steps, for a trial; a teacher that is made, too.
     """
@@ -144,6 +146,7 @@ class TrainerRecipe(Section):
     compile: bool = False
     log_every: Count = 10
     save_every: Count | None = None
+    keep: Literal["last", "all"] = "last"
     max_steps: Count | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     progress: bool = True

@@ -53,7 +53,8 @@ class RunFolder:
     summary.json     figures of the finished run
     log.txt          what the run said
     events.out.*     TensorBoard
-    checkpoints/     the last two and the best, each with its checksum in its name
+    checkpoints/     the last two and the best, each with its checksum in its name; when the run is
+                     finished the last one's weights alone
     student/         model.safetensors (keys of the plain model) and config.json
     checksums.json   of the student and the summary
     curves.png

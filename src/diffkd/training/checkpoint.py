@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffkd.runs.folder import RunFolder, load_checkpoint
+
 
 def optimizer_state(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     """The optimizer's state by parameter name.
@@ -25,6 +27,24 @@ def load_optimizer_state(optimizer: Optimizer, module: nn.Module, saved: Mapping
     held = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: saved["state"][names[id(p)]] for i, p in enumerate(held) if saved["state"].get(names[id(p)])}
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def keep_last(folder: RunFolder) -> None:
+    """Leaves of a finished run's checkpoints the last one, without what only a run that goes on needs.
+
+    Its weights stay, the methods' among them: they are what a look at the trained methods is made of.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    found = folder.list_checkpoints()
+    if not found:
+        return
+    for path in found[:-1]:
+        path.unlink()
+    state = load_checkpoint(found[-1])
+    thin = {**state, "optimizer": None, "precision": None, "random": None}
+    folder.save_checkpoint(state["place"]["step"], lambda path: torch.save(thin, path))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from diffkd.recipe.schema import Recipe
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.places import check_folder, check_identity
+from diffkd.training.checkpoint import keep_last
 from diffkd.training.devices import in_one_line, make_fabric, on_first
 from diffkd.training.ranks import ending_together
 from diffkd.training.teacher import make_teacher
@@ -51,7 +52,11 @@ def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
             loaded = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
             trainer.parts.teacher.notes.append(loaded.note)
             trainer.parts.teacher.weights = str(made.student_file.absolute())
-        return trainer.run()
+        was_finished = trainer.folder.finished
+        folder = trainer.run()
+        if recipe.trainer.keep == "last" and not was_finished:
+            on_first(fabric, lambda: keep_last(folder))
+        return folder
 
 
 def _take(trainer: Trainer, held: ExitStack) -> None:

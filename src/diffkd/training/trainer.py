@@ -329,10 +329,12 @@ class Trainer:
     def _load(self, path: Path) -> Place:
         state = load_checkpoint(path)
         self.plain.load_state_dict(state["model"])
-        load_optimizer_state(unwrapped(self.optimizer), self.plain, state["optimizer"])
-        self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if state["optimizer"] is None:  # of a finished run: only its end is to be written
+            return Place.of(state["place"], self.batches_per_epoch)
+        load_optimizer_state(unwrapped(self.optimizer), self.plain, state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
         if len(state["random"]) == self.fabric.world_size:
             set_random_state(state["random"][self.fabric.global_rank], self.fabric.device)
         else:
