@@ -91,7 +91,7 @@ def test_the_recipe_of_ones_own_runs(diffkd, tmp_path):
     status, _, err = diffkd("train", "own.yaml", "student=my_models.py:big", "output=big", "trainer.epochs=1")
     assert status == 0, err
     (tmp_path / "big.safetensors").write_bytes((tmp_path / "big/student/model.safetensors").read_bytes())
-    status, _, err = diffkd("distill", "own.yaml", "trainer.epochs=1", "output=small")
+    status, _, err = diffkd("distill", "own.yaml", "trainer.epochs=1", "output=small", "trust=true")
     assert status == 0, err
 
 
