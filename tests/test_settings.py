@@ -32,6 +32,8 @@ def test_options_of_methods_data_and_tasks(diffkd):
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert (status, lines[1]) == (0, "method.kd.weight number | auto 0.9")
     assert any(line.startswith("method.kd.temperature number 4") and len(line) > 40 for line in lines)
+    status, out, _ = diffkd("settings", "diffkd")
+    assert (status, "as in `DiffKD`" in out, "method.diffkd.num_steps" in out) == (0, False, True)
     status, out, _ = diffkd("settings", "classification")
     assert (status, "task.label_smoothing" in out) == (0, True)
     assert "share of the target probability" in out

@@ -82,6 +82,11 @@ def _choice(name: str) -> Iterator[str]:
         if room == "methods":
             yield _line(f"{where}.weight", "number | auto", _default(build.weight), "")
         told = described(inspect.getdoc(build), options)
+        for key, said in list(told.items()):  # "as in `Other`" of the same file
+            other = re.fullmatch(r"as in `(\w+)`\.?", said)
+            if other:
+                whole = inspect.getdoc(getattr(inspect.getmodule(build), other[1], None))
+                told |= {key: described(whole, options).get(key, said)}
         for key, option in options.items():
             needed = option.default is option.empty
             default = "needed" if needed else _default(option.default)
@@ -119,7 +124,7 @@ def described(text: str | None, keys: Mapping[str, Any]) -> dict[str, str]:
 def _sentence(text: str) -> str:
     """The first sentence, as one line."""
     first = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[^.][^.][.])\s+(?=[A-Z`0-9])", first)[0]
+    return re.split(r'(?<=[^.][^.][.])\s+(?=[A-Z`"0-9])', first)[0]
 
 
 def _line(key: str, kind: str, default: str, said: str) -> str:
