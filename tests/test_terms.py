@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 
 import pytest
 import torch
@@ -93,3 +94,19 @@ def test_the_usual_place_of_a_control_is_looked_at(tiny, diffkd):
 
 def _score(folder):
     return json.loads((folder / "summary.json").read_text())["last"]["top1"]
+
+
+def test_time_is_taken_on_one_thread_after_warming_up():
+    from diffkd.models.measure import milliseconds
+
+    calls = []
+    torch.set_num_threads(2)
+    slow = iter([0.05, 0.05, 0.05])
+
+    def forward():
+        calls.append(torch.get_num_threads())
+        time.sleep(next(slow, 0.001))
+
+    assert milliseconds(forward, torch.device("cpu"), budget=0.02) < 20
+    assert set(calls) == {1}
+    assert torch.get_num_threads() == 2

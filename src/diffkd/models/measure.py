@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffkd.maths.randomness import cpu_threads
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -24,7 +26,8 @@ class Cost:
     Attributes:
         parameters: number of weights.
         macs: multiply-adds of one image.
-        milliseconds: median time of one image alone, on the device and in the precision of its weights.
+        milliseconds: median time of one image alone, on the device and in the precision of its weights; on
+            a CPU on one thread.
         bytes: size of its weights and buffers on disk.
     """
 
@@ -72,17 +75,24 @@ def macs(forward: Callable[[], object]) -> int:
 
 
 def milliseconds(forward: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
-    """Median time of a call, over at least 5 calls and about `budget` seconds, after warming up."""
+    """Median time of a call, over at least 5 calls and about `budget` seconds, after warming up.
+
+    On a CPU it runs on one thread: what else runs there then counts least.
+    """
     times: list[float] = []
-    for _ in range(3):
-        forward()
-    started = time.perf_counter()
-    while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 200):
-        synchronize(device)
-        before = time.perf_counter()
-        forward()
-        synchronize(device)
-        times.append(1000 * (time.perf_counter() - before))
+    with cpu_threads(1 if device.type == "cpu" else None):
+        started = time.perf_counter()
+        for call in range(20):
+            forward()
+            if call >= 2 and time.perf_counter() - started > budget / 2:
+                break
+        started = time.perf_counter()
+        while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 200):
+            synchronize(device)
+            before = time.perf_counter()
+            forward()
+            synchronize(device)
+            times.append(1000 * (time.perf_counter() - before))
     return median(times)
 
 

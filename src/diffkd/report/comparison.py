@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from scipy.stats import t as student_t
 
+from diffkd.report.classes import class_tables, per_class
 from diffkd.report.similarity import Similarity
 from diffkd.report.summary import percent, quantity
 from diffkd.runs.folder import History
@@ -63,6 +64,7 @@ def compare_runs(title: str, runs: Sequence[FinishedRun], notes: Sequence[str] =
         "student": first["student"],
         "notes": list(notes),
         "methods": [_method(name, of[name], of) for name in names],
+        "per_class": list(per_class(of)),
     }
 
 
@@ -183,6 +185,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         "last epoch, with its 95 % interval. The best epoch is chosen on the test data, so it flatters all. "
         f"{comparison['machine']}, {comparison['date']}.",
     ]
+    lines += class_tables(comparison.get("per_class", ()))
     return "\n".join(lines) + "\n"
 
 

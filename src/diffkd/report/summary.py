@@ -51,7 +51,7 @@ def summary_table(summary: dict[str, Any], alone: dict[str, Any] | None = None) 
         alone: of the run of the same student without a teacher.
     """
     label = summary["metric_label"]
-    table = Table(title=plain(_title(summary)))
+    table = Table(title=plain(_title(summary)), caption=plain(_measured(summary)))
     for column in ("", "model"):
         table.add_column(column)
     for column in (f"{label} last", f"{label} best", "parameters", "MACs", "ms/image", "size"):
@@ -66,6 +66,11 @@ def summary_table(summary: dict[str, Any], alone: dict[str, Any] | None = None) 
             last = percent(run["last"][metric])
             table.add_row(name, plain(student["model"]), last, best, *_costs(student))
     return table
+
+
+def _measured(summary: dict[str, Any]) -> str:
+    threads = ", one thread" if summary["device"] == "cpu" else ""
+    return f"ms/image: one picture at a time{threads}; {summary['machine']}"
 
 
 def _title(summary: dict[str, Any]) -> str:
