@@ -107,7 +107,7 @@ def test_without_labels_the_figure_is_the_agreement_with_the_teacher(pictures, d
         (["data.labels=none"], "say how many classes the teacher tells apart: data.num_classes=K"),
         (["teacher=timm/resnet1O1"], "unknown model 'timm/resnet1O1'; did you mean 'resnet101"),
         (["student.options={depht: 3}"], "model 'simple/cnn4' takes no option 'depht'"),
-        (["data.image_size=0"], "data.image_size=0 must be 1 or more pixels"),
+        (["data.image_size=0"], "data.image_size=0 must be 1 to 16384 pixels"),
         (["data.mixup=-1"], "data.mixup: needs at least 0"),
         (["data=torchvision/Food1O1"], "unknown data.dataset 'Food1O1'; did you mean 'Food101'"),
         (["data=digits/a"], "data 'digits' is one data set: leave out '/a'"),
