@@ -10,6 +10,7 @@ from torch import nn
 from conftest import start
 from diffkd import Batch, Data, Distiller
 from diffkd.assembly import Step
+from diffkd.methods import diffkd as diffkd_file
 from diffkd.tasks.classification import Classification
 
 
@@ -44,7 +45,7 @@ def gradients(step, images, targets, backward):
 
 
 def worker(fabric, place):
-    torch.randn_like, torch.randint = fixed_noise, fixed_timesteps
+    diffkd_file.noise_like, torch.randint = fixed_noise, fixed_timesteps
     step, images, targets = build()
     plain = step
     step = fabric.setup(step)
@@ -58,7 +59,7 @@ def test_two_processes_give_the_gradients_of_the_double_batch(tmp_path, monkeypa
     place = tmp_path / "gradients.pt"
     Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn").launch(worker, place)
     found = torch.load(place, weights_only=True)
-    monkeypatch.setattr(torch, "randn_like", fixed_noise)
+    monkeypatch.setattr(diffkd_file, "noise_like", fixed_noise)
     monkeypatch.setattr(torch, "randint", fixed_timesteps)
     step, images, targets = build()
     gradients(step, images, targets, torch.Tensor.backward)

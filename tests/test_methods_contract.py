@@ -132,7 +132,8 @@ def test_methods_add_up_by_weight():
     distiller = Distiller(cnn(4), cnn(8), None, {"kd": 0.5, "sp": {"weight": 3.0}}, IMAGES)
     losses = distiller(BATCH)
     parts = {
-        name: Distiller(distiller.student, distiller.teacher, None, name, IMAGES) for name in ("kd", "sp")
+        name: Distiller(distiller.student, distiller.teacher, None, {name: 1.0}, IMAGES)
+        for name in ("kd", "sp")
     }
     assert losses["kd.output.kd"] == 0.5 * parts["kd"](BATCH)["kd.output.kd"]
     assert losses["sp.stage3.kd"] == 3.0 * parts["sp"](BATCH)["sp.stage3.kd"]

@@ -72,7 +72,7 @@ def test_the_eleven_pairs_and_the_seven_rows_are_there():
     assert pairs == PAIRS
     rows = [load(n) for n in RECIPES if n.startswith("imagenet/")]
     assert len(rows) == 7
-    assert all(r.method["diffkd"].options == {"latent_channels": 1024} for r in rows)
+    assert all(r.method["diffkd"].options == {"latent_channels": 1024, "preset": "paper"} for r in rows)
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("cifar100")])

@@ -48,6 +48,7 @@ def build(name: str, *, num_classes: int, image_size: tuple[int, ...], **options
     Raises:
         UserError: there is no such head or backbone, or an option is not taken.
 
+    >>> import torch
     >>> net = build("fcos:timm/test_resnet", num_classes=3, image_size=(64, 64), channels=32)
     >>> list(net.backbone(torch.rand(1, 3, 64, 64)))
     ['p3', 'p4', 'p5', 'p6', 'p7']

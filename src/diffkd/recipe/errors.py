@@ -11,6 +11,9 @@ from diffkd.errors import kind_of, nearest
 
 Models = list[type[BaseModel]]
 
+# What pydantic calls the branches of a union that are no models.
+_BRANCHES = ("int", "float", "str", "constrained-int", "constrained-float", "constrained-str")
+
 
 def first_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The error that helps most, an unknown key before any other, as `key: what is wrong`.
@@ -81,7 +84,7 @@ def _walk(model: type[BaseModel], place: Sequence[Any]) -> tuple[str, Models]:
             models = chosen
             continue
         fields = [m.model_fields[part] for m in models if part in m.model_fields]
-        if not fields and isinstance(part, str) and (part in ("int", "float", "str") or "[" in part):
+        if not fields and isinstance(part, str) and (part in _BRANCHES or "[" in part):
             continue
         shown.append(str(part))
         inner = [found for field in fields for found in _models_in(field.annotation)]
