@@ -124,3 +124,22 @@ def test_trouble_in_one_of_two_processes_ends_both_with_one_line(tiny, tmp_path,
     assert err.count(line) == 1, err
     assert "Traceback" not in err
     assert time.monotonic() - started < 100  # the start of two processes included
+
+
+def test_a_refused_recipe_is_said_once_by_two_processes(tiny, tmp_path):
+    process = start("distill", tiny, "trainer.devices=2", "data.batch_size=33", "output=a", cwd=tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert err.count("error: ") == err.count("\n") == 1, err
+    assert "data.batch_size=33" in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_comparison_on_two_processes_writes_one_report(tiny, tmp_path):
+    words = ("methods=none,kd", "seeds=1", "trainer.devices=2", "trainer.epochs=1", "output=c")
+    process = start("compare", tiny, *words, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("report: c/report.html") == 1, out
+    assert (tmp_path / "c/report.html").is_file()
+    assert len(list((tmp_path / "c").glob("*/summary.json"))) == 2

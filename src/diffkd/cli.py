@@ -217,6 +217,8 @@ def _run(recipe: "Recipe") -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit status 2."""
+    # Of several processes the last to leave would show how a connection ended, with stack frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _end_with_parent()
     try:
         app()

@@ -20,6 +20,8 @@ from diffkd.report.suspicion import suspicions
 from diffkd.training.balance import gradient_norms
 from diffkd.training.optim import build_optimizer
 
+FEW = 16  # pictures that a check runs; what a whole batch takes follows from them
+
 
 def check_recipe(recipe: Recipe) -> None:
     """Builds the whole run, runs one training batch forward and backward, prints what happened.
@@ -34,7 +36,8 @@ def check_recipe(recipe: Recipe) -> None:
     distiller, warnings = parts.distiller(sample)
     step = parts.step(distiller)
     optimizer = build_optimizer(recipe.optimizer, step)
-    batch = next(iter(parts.loader(parts.data.train, shuffle=True).epoch()))
+    few = min(recipe.data.batch_size, FEW)
+    batch = next(iter(parts.loader(parts.data.train, shuffle=True, batch_size=few).epoch()))
     step.train()
     distiller.expect(0)  # no warm-up: what pulls later pulls now
     saved = SavedBytes()
@@ -53,7 +56,8 @@ def check_recipe(recipe: Recipe) -> None:
     console.print(_modules(parts, distiller, optimizer))
     console.print(_costs(parts))
     console.print(_losses(losses, total))
-    console.print(_memory(step, optimizer, saved.total, len(batch.images)))
+    activations = saved.total * recipe.data.batch_size // few
+    console.print(_memory(step, optimizer, activations, recipe.data.batch_size))
     console.print(_shares(recipe), markup=False)
     _complain(distiller, console)
     for line in (*unequal(pulls), *_suspected(parts)):
