@@ -18,10 +18,10 @@ _DIGITS = tuple("0123456789")
 # Several digits want room; one is easy to find, so there is more about it.
 _USUAL: dict[str, dict[str, Any]] = {
     "classification": {"size": 28},
-    "segmentation": {"size": 64, "digits": (1, 4), "scale": (0.3, 0.5), "clutter": 3},
+    "segmentation": {"size": 32, "scale": (0.65, 0.95), "clutter": 1},
     "detection": {"size": 96, "digits": (1, 5), "scale": (0.2, 0.4), "clutter": 3},
 }
-_COUNTS = {"classification": (4000, 2000), "segmentation": (2000, 500), "detection": (2000, 500)}
+_COUNTS = {"classification": (4000, 2000), "segmentation": (3000, 500), "detection": (2000, 500)}
 
 
 def build(
@@ -41,15 +41,16 @@ def build(
     scenes are made: grounds, clutter, sizes, angles and colours are drawn.
 
     - classification: one digit among pieces of others; the target is the digit.
-    - segmentation: one to four digits; the target is a label map, 0 for the ground and d + 1 for digit d.
+    - segmentation: one large digit over a piece of another; the target is a label map, 0 for the
+      ground and d + 1 for digit d.
     - detection: one to five digits; the target is a dict with `boxes` `(n, 4)` (left, top, right,
       bottom in pixels) and `labels` `(n,)`, 0 to 9.
 
     Args:
         root: must be None, for the digits come with scikit-learn.
         kind: which task the scenes are for.
-        size: height and width in pixels; 28, 64 or 96 by kind if not given.
-        train_scenes: how many to train on; 4,000 to classify, else 2,000, if not given.
+        size: height and width in pixels; 28, 32 or 96 by kind if not given.
+        train_scenes: how many to train on; 4,000, 3,000 or 2,000 by kind if not given.
         test_scenes: how many to test on; 2,000 to classify, else 500, if not given.
         clutter: pieces of digits that lie about in each.
         noise: standard deviation of the pixels' noise, on the scale 0 to 1.
