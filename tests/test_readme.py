@@ -32,7 +32,8 @@ def commands(language=""):
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_blocks_run(block, capsys):
+def test_python_blocks_run(block, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     losses = [float(v) for v in re.findall(r"diffusion loss ([\d.]+)", capsys.readouterr().out)]
     assert ("diffusion loss" in block) == (len(losses) == 3)
