@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from diffkd.errors import UserError
-from diffkd.pictures.files import decode
+from diffkd.pictures.decoding import decode
 from diffkd.pictures.scan import Scan
 from diffkd.runs.console import Reporter
 from diffkd.runs.disk import write_atomically

@@ -16,7 +16,7 @@ from diffkd.errors import UserError
 from diffkd.models import base as models
 from diffkd.models.weights import load_weights
 from diffkd.names import is_path
-from diffkd.pictures.files import decode
+from diffkd.pictures.decoding import decode
 from diffkd.pictures.view import TestView
 from diffkd.tasks.base import Task, task_class
 
