@@ -10,7 +10,9 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from diffkd.names import submodules
 from diffkd.recipe.files import builtin
+from diffkd.report.settings import groups
 
 
 def test_every_section_says_its_keys_with_type_default_and_meaning(diffkd):
@@ -30,7 +32,8 @@ def test_every_section_says_its_keys_with_type_default_and_meaning(diffkd):
 def test_options_of_methods_data_and_tasks(diffkd):
     status, out, _ = diffkd("settings", "kd")
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert (status, lines[1]) == (0, "method.kd.weight number | auto 0.9")
+    weight = "of all its losses beside the supervised ones; auto measures it."
+    assert (status, lines[1]) == (0, f"method.kd.weight number | auto 0.9 {weight}")
     assert any(line.startswith("method.kd.temperature number 4") and len(line) > 40 for line in lines)
     status, out, _ = diffkd("settings", "diffkd")
     assert (status, "as in `DiffKD`" in out, "method.diffkd.num_steps" in out) == (0, False, True)
@@ -43,6 +46,16 @@ def test_options_of_methods_data_and_tasks(diffkd):
     assert (status, "student.weights" in out, "trainer.epochs" in out) == (0, True, True)
     status, _, err = diffkd("settings", "diffdk")
     assert (status, "did you mean 'diffkd'" in err) == (2, True)
+
+
+def test_no_setting_is_without_a_sentence():
+    rooms = ("methods", "data", "tasks")
+    names = ["", *(name for room in rooms for name in submodules(f"diffkd.{room}"))]
+    found = [setting for name in names for group in groups(name) for setting in group.settings]
+    assert len(found) > 300
+    assert [setting.key for setting in found if not setting.said] == []
+    said = {setting.key: setting.said for setting in found}
+    assert said["data.max_corrupt"].startswith("how many")  # of options that several data sets share
 
 
 def test_the_schema_describes_the_recipes_that_come_along(diffkd):

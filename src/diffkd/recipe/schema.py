@@ -28,7 +28,12 @@ class OpenSection(Section):
 
 
 class TaskRecipe(OpenSection):
-    """The task, and the weight of its supervised loss beside a method's; without a method it is 1."""
+    """The task, and the weight of its supervised loss beside a method's; without a method it is 1.
+
+    Attributes:
+        name: `classification`, `segmentation`, `detection`, or a class of your own by `file.py:Class`.
+        weight: of the supervised losses; 1 where nothing is distilled.
+    """
 
     name: str = "classification"
     weight: NotNegative = 1.0
@@ -38,7 +43,10 @@ class DataRecipe(OpenSection):
     """The data set and how it is dealt out.
 
     Attributes:
+        name: of the kind of data (`diffkd list data`), or a function of your own by `file.py:function`.
+        root: the folder where the data are.
         batch_size, eval_batch_size: pictures of a batch, on all devices together.
+        workers: processes that read pictures, on each device; 0 reads in the training process.
         mixup, cutmix: parameters of their Beta distributions; 0 leaves them out. The share and the kind
             are drawn for a batch; each device mixes its own part of it.
     """
@@ -56,6 +64,7 @@ class ModelRecipe(Section):
     """A model, its weights, and its way of seeing pictures where it differs from the data's.
 
     Attributes:
+        model: `source/name` (`diffkd list models`), or a function or class by `file.py:name`.
         weights: a file, a run folder, or the name of published weights (`pretrained`, `IMAGENET1K_V1`);
             `available` takes the published ones where they can be fetched, and says which it took.
         weights_by_order: takes the weights' tensors in their order, whatever their names.
@@ -77,13 +86,25 @@ class ModelRecipe(Section):
 
 
 class MethodRecipe(OpenSection):
-    """A method's weight and options; no weight is its paper's (`Method.weight`), `auto` is measured."""
+    """A method's weight and options; no weight is its paper's (`Method.weight`), `auto` is measured.
+
+    Attributes:
+        weight: of all the method's losses beside the supervised ones.
+    """
 
     weight: NotNegative | Literal["auto"] | None = None
 
 
 class TeacherTraining(Section):
-    """How a teacher is made, from its weights if it has some; what is not said is as in the student's run."""
+    """How a teacher is made, from its weights if it has some; what is not said is as in the student's run.
+
+    Attributes:
+        epochs, steps: how long it is trained, one of the two.
+        batch_size: pictures of a batch, on all devices together.
+        optimizer: sections of its own, in place of the student's.
+        schedule: as `optimizer`.
+        seed: of its first weights and its order of pictures; a teacher is made once for each seed.
+    """
 
     epochs: Count | None = None
     steps: Count | None = None
@@ -100,7 +121,11 @@ class TeacherTraining(Section):
 
 
 class TeacherRecipe(ModelRecipe):
-    """The teacher: its weights, or how it is made."""
+    """The teacher: its weights, or how it is made.
+
+    Attributes:
+        train: how it is trained where it does not exist yet; null takes its weights as they are.
+    """
 
     train: TeacherTraining | None = None
 
@@ -109,6 +134,19 @@ class Recipe(Section):
     """One run, completely described.
 
     Attributes:
+        name: of the run, from the recipe's own.
+        task: what is learnt, and its options.
+        data: what is learnt from.
+        teacher, student: the two models.
+        method: the methods by name, each with its weight and options.
+        taps: layers of the student by their paths, each with the layer of the teacher that it learns from;
+            null chooses them.
+        optimizer: kind and options.
+        schedule: how the learning rate changes over the run.
+        trainer: the loop.
+        seed: of everything random; one seed gives one result.
+        output: the run's folder; null makes one in `runs`, named after recipe, methods and seed.
+        resume: whether a run that was stopped goes on.
         control: whether `distill` also trains the student alone, as a run of its own.
     """
 

@@ -11,6 +11,9 @@ class Optimizer(Section):
     """What all optimizers share.
 
     Attributes:
+        name: of the optimizer.
+        lr: the learning rate after warm-up.
+        weight_decay: strength of the pull of weights towards 0.
         no_decay: which weights `weight_decay` leaves alone. `auto`: those of norms, biases, all of one axis,
             tables of positions, and what a model's `no_weight_decay()` names; `none`: it decays
             everything; a list: layers by path, and `auto` among them for those too.
@@ -26,7 +29,12 @@ class Optimizer(Section):
 
 
 class Sgd(Optimizer):
-    """Stochastic gradient descent with momentum."""
+    """Stochastic gradient descent with momentum.
+
+    Attributes:
+        momentum: share of the last step that goes into the next.
+        nesterov: whether the gradient is taken where the momentum leads.
+    """
 
     name: Literal["sgd"] = "sgd"
     lr: Positive = 0.05
@@ -35,7 +43,11 @@ class Sgd(Optimizer):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay."""
+    """Adam with decoupled weight decay.
+
+    Attributes:
+        betas: decay of the averages of gradients and of their squares.
+    """
 
     name: Literal["adamw"] = "adamw"
     lr: Positive = 1e-3
@@ -44,7 +56,13 @@ class AdamW(Optimizer):
 
 
 class RmspropTf(Optimizer):
-    """RMSProp as TensorFlow has it: epsilon within the root, as the mobile networks are trained."""
+    """RMSProp as TensorFlow has it: epsilon within the root, as the mobile networks are trained.
+
+    Attributes:
+        momentum: share of the last step that goes into the next.
+        alpha: decay of the average of squared gradients.
+        eps: keeps the root away from 0.
+    """
 
     name: Literal["rmsproptf"] = "rmsproptf"
     lr: Positive = 0.048
@@ -54,7 +72,12 @@ class RmspropTf(Optimizer):
 
 
 class Schedule(Section):
-    """What all schedules share: so many epochs, or optimizer steps, that rise linearly from zero."""
+    """What all schedules share: so many epochs, or optimizer steps, that rise linearly from zero.
+
+    Attributes:
+        name: of the schedule.
+        warmup_epochs, warmup_steps: how long the rate rises, in one of the two.
+    """
 
     warmup_epochs: NotNegative = 0.0
     warmup_steps: Count | None = None
@@ -76,7 +99,10 @@ class StepSchedule(Schedule):
     """Multiplies the learning rate by `factor` at each milestone, or every so often.
 
     Attributes:
+        milestones: when the rate falls, in `unit`.
+        every: from one fall to the next, in `unit`.
         unit: of `milestones` and `every`: epochs, optimizer steps, or shares of the whole run.
+        factor: what the rate is multiplied by at each fall.
 
     Raises:
         ValueError: both or neither of `milestones` and `every` are given.
@@ -96,14 +122,22 @@ class StepSchedule(Schedule):
 
 
 class CosineSchedule(Schedule):
-    """Half a cosine from 1 down to `final_factor`."""
+    """Half a cosine from 1 down to `final_factor`.
+
+    Attributes:
+        final_factor: the last rate, as a share of the first.
+    """
 
     name: Literal["cosine"] = "cosine"
     final_factor: Share = 0.0
 
 
 class PolySchedule(Schedule):
-    """`(1 - t) ** power` over the run."""
+    """`(1 - t) ** power` over the run.
+
+    Attributes:
+        power: how steeply the rate falls: 1 is a straight line.
+    """
 
     name: Literal["poly"] = "poly"
     power: Positive = 0.9
@@ -122,6 +156,17 @@ class TrainerRecipe(Section):
         eval_every, eval_epochs: optimizer steps, or epochs, from one evaluation to the next, each with a row
             of history and a checkpoint; the end of the run is always one. Where neither is said: every
             epoch, or 20 times in a run that is given in steps.
+        precision: of the models' passes: 32 bits, or 16 by autocast; weights and losses keep 32.
+        accelerator: where it runs; `auto` takes a GPU where there is one.
+        devices: how many, or all.
+        num_nodes: machines, each with so many devices.
+        strategy: how several devices work together; `auto` takes `ddp` where there are several.
+        clip_grad_norm: longest gradient, all weights together; null does not clip.
+        accumulate: batches whose gradients make one optimizer step.
+        channels_last: the layout of pictures in memory that GPUs with half precision like.
+        compile: whether the models go through `torch.compile`.
+        log_every: optimizer steps from one reading of the losses to the next.
+        progress: whether a bar is shown.
         ema: decay of the averaged student, which is then what is evaluated and shipped.
         save_every: optimizer steps between checkpoints; one is always written at an evaluation.
         keep: of a finished run's checkpoints: `last`, the last one's weights alone; `all`, the last two and

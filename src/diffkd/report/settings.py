@@ -1,10 +1,11 @@
 """What a recipe may say: every key with its type, its default and what it does, and a schema for editors."""
 
+import importlib
 import inspect
 import re
 import types
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -27,6 +28,7 @@ _SECTIONS: dict[str, tuple[type, ...]] = {
     "trainer": (training.TrainerRecipe,),
 }
 _ROOMS = ("methods", "data", "tasks")
+_WEIGHT = "of all its losses beside the supervised ones; auto measures it."
 _HEAD = re.compile(r"(\w+(?:, \w+)*): ?(.*)")
 
 
@@ -39,30 +41,65 @@ def json_schema() -> dict[str, Any]:
     return schema.Recipe.model_json_schema()
 
 
+class Setting(NamedTuple):
+    """One key of a recipe: where it stands, its type, its default and what it does, in words."""
+
+    key: str
+    kind: str
+    default: str
+    said: str
+
+
+class Group(NamedTuple):
+    """The settings of a section, a method, a data set or a task, and what that is."""
+
+    title: str
+    said: str
+    settings: list[Setting]
+
+
 def settings(what: str = "") -> Iterator[str]:
     """Lines `key  type  default  sentence` of a section, a method, a data set or a task; of all sections.
 
     Raises:
         UserError: there is nothing of that name.
     """
+    for group in groups(what):
+        yield f"{group.title}: {group.said}"
+        for one in group.settings:
+            yield f"  {one.key:<32}{one.kind:<28}{one.default:<16}{one.said}".rstrip()
+
+
+def groups(what: str = "") -> Iterator[Group]:
+    """The settings of a section, a method, a data set or a task; of all sections.
+
+    Raises:
+        UserError: there is nothing of that name.
+
+    >>> next(groups("kd")).settings[0][:3]
+    ('method.kd.weight', 'number | auto', '0.9')
+    """
     for name in [what] if what else _SECTIONS:
         yield from _section(name) if name in _SECTIONS else _choice(name)
 
 
-def _section(name: str) -> Iterator[str]:
+def _section(name: str) -> Iterator[Group]:
     for kind in _SECTIONS[name]:
         fields: Mapping[str, FieldInfo] = kind.model_fields  # type: ignore[attr-defined]
         chosen = fields["name"].default if len(_SECTIONS[name]) > 1 else None
         told = {k: v for base in reversed(kind.__mro__) for k, v in described(base.__doc__, fields).items()}
-        yield f"{name}{f' {chosen}' if chosen else ''}: {_sentence(inspect.getdoc(kind) or '')}"
+        group = Group(f"{name}{f' {chosen}' if chosen else ''}", _sentence(inspect.getdoc(kind) or ""), [])
         prefix = "" if name == "recipe" else f"{name}."
         for key, field in fields.items():
             default = field.get_default(call_default_factory=True)
             shown = "" if isinstance(default, Section) else _default(default)
-            yield _line(f"{prefix}{key}", _kind(field.annotation), shown, told.get(key, ""))
+            group.settings.append(
+                Setting(f"{prefix}{key}", _kind(field.annotation), shown, told.get(key, ""))
+            )
+        yield group
 
 
-def _choice(name: str) -> Iterator[str]:
+def _choice(name: str) -> Iterator[Group]:
     """The options of a method, a data set or a task."""
     from diffkd.data.base import builder
     from diffkd.methods.base import method_class
@@ -78,20 +115,32 @@ def _choice(name: str) -> Iterator[str]:
     for room in rooms:
         build = finders[room](name)
         options, where = options_of(build), {"methods": f"method.{name}", "tasks": "task"}.get(room, room)
-        yield f"{where}: {_sentence(inspect.getdoc(build) or '')}"
+        group = Group(where, _sentence(inspect.getdoc(build) or ""), [])
         if room == "methods":
-            yield _line(f"{where}.weight", "number | auto", _default(build.weight), "")
-        told = described(inspect.getdoc(build), options)
-        for key, said in list(told.items()):  # "as in `Other`" of the same file
-            other = re.fullmatch(r"as in `(\w+)`\.?", said)
-            if other:
-                whole = inspect.getdoc(getattr(inspect.getmodule(build), other[1], None))
-                told |= {key: described(whole, options).get(key, said)}
+            group.settings.append(
+                Setting(f"{where}.weight", "number | auto", _default(build.weight), _WEIGHT)
+            )
+        told = _told(build, options)
         for key, option in options.items():
             needed = option.default is option.empty
             default = "needed" if needed else _default(option.default)
             kind = "any" if option.annotation is option.empty else _kind(option.annotation)
-            yield _line(f"{where}.{key}", kind, default, told.get(key, ""))
+            group.settings.append(Setting(f"{where}.{key}", kind, default, told.get(key, "")))
+        yield group
+
+
+def _told(build: Any, options: Mapping[str, Any]) -> dict[str, str]:
+    """What the docstring of a method, data set or task, and those that it points to, say of its options."""
+    text = inspect.getdoc(build) or ""
+    told = described(text, options)
+    for key, said in list(told.items()):  # "as in `Other`" of the same file
+        other = re.fullmatch(r"as in `(\w+)`\.?", said)
+        if other:
+            whole = inspect.getdoc(getattr(inspect.getmodule(build), other[1], None))
+            told |= {key: described(whole, options).get(key, said)}
+    for room, name in re.findall(r"Further options: `([\w.]+)\.(\w+)`", text):  # spread into keywords
+        told = described(inspect.getdoc(getattr(importlib.import_module(room), name)), options) | told
+    return told
 
 
 def described(text: str | None, keys: Mapping[str, Any]) -> dict[str, str]:
@@ -125,10 +174,6 @@ def _sentence(text: str) -> str:
     """The first sentence, as one line."""
     first = " ".join(text.split("\n\n")[0].split())
     return re.split(r'(?<=[^.][^.][.])\s+(?=[A-Z`"0-9])', first)[0]
-
-
-def _line(key: str, kind: str, default: str, said: str) -> str:
-    return f"  {key:<32}{kind:<28}{default:<16}{said}".rstrip()
 
 
 def _default(value: Any) -> str:
