@@ -205,7 +205,8 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
     """
     check_options(recipe)
     _check_labels(recipe)
-    data = build(recipe.data.name, recipe.data.root, recipe.data.options)
+    said = recipe.data
+    data = build(said.name, said.root, said.options, val_fraction=said.val_fraction, test_on=said.test_on)
     task = task_class(recipe.task.name)(data, **recipe.task.options)
     student = build_side(recipe.student, data, resizes=task.resizes)
     teacher = None

@@ -55,4 +55,5 @@ def build(
         mean=mean,
         std=std,
         notes=notes,
+        test_held_out=test.source == train.source,
     )

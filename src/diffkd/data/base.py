@@ -1,4 +1,4 @@
-"""What a data set is, and the loader that deals its samples out in a repeatable order."""
+"""What a data set is, and how one is found by its name and built."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -6,57 +6,24 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
-
-from diffkd.batch import Batch, as_batch, to_device
+from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.maths.randomness import generators_kept, mix, seed_sample
 from diffkd.names import check_kind, is_path, load_object, load_submodule, options_of, submodules
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Source, shared_pictures
-from diffkd.pictures.memory import ArraySplit, channel_statistics, together
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Part, Source, shared_pictures
+from diffkd.pictures.held import hold_out_samples
+from diffkd.pictures.loading import BatchedSplit as BatchedSplit
+from diffkd.pictures.loading import Loader as Loader
+from diffkd.pictures.loading import Samples as Samples
+from diffkd.pictures.loading import Split as Split
+from diffkd.pictures.memory import ArraySplit, channel_statistics
 from diffkd.pictures.view import TestView
 
 if TYPE_CHECKING:  # it brings timm and torchvision, which arrays do without
     from diffkd.pictures.augment import PictureOptions
 
-
-@runtime_checkable
-class BatchedSplit(Protocol):
-    """Samples held whole in memory, gathered and augmented a batch at a time on their device."""
-
-    def __len__(self) -> int: ...
-
-    def to(self, device: torch.device) -> "BatchedSplit":
-        """The same samples on a device."""
-        ...
-
-    def batch(self, indices: Tensor, seed: int) -> Batch:
-        """The samples at `indices` (int64, on the CPU).
-
-        What is random in a sample depends on `(seed, index)` alone, whatever else is in the batch:
-        `diffkd.maths.randomness.Draws` gives such numbers.
-        """
-        ...
-
-
-class Samples(Protocol):
-    """A map-style data set: `samples[i]` is `(image, target)`, an image `(C, H, W)`.
-
-    What is random in it is drawn from PyTorch's, Python's and NumPy's own generators, which the loader
-    seeds for every sample. A sample that is None is left out of its batch.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
-
-
-Split = BatchedSplit | Samples
+VAL_FRACTION = 0.1  # held out of the training samples where a choice needs some and no share is said
 
 
 @dataclass(frozen=True)
@@ -73,6 +40,8 @@ class Data:
             the task works on whole pictures.
         collate: makes a Batch of a list of samples; None stacks images and targets.
         notes: what was decided for the user (a held-out share, a folder chosen), one line each.
+        val: samples to choose on (epochs, settings), seen as test ones are; None where there are none.
+        test_held_out: the test split is a part of the training data, for there was no other.
     """
 
     train: Split
@@ -85,6 +54,29 @@ class Data:
     view: TestView | None = None
     collate: Callable[[list[Any]], Batch] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    val: Split | None = None
+    test_held_out: bool = False
+
+    def with_validation(self, fraction: float) -> "Data":
+        """The same with a share of the training samples (of every class, where known) held out as `val`.
+
+        Raises:
+            UserError: there are too few.
+
+        >>> import torch
+        >>> split = ArraySplit(torch.zeros(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> held = Data(split, split, 2, (1, 8, 8)).with_validation(0.2)
+        >>> len(held.train), len(held.val), held.notes
+        (16, 4, ('4 of 20 training samples held out for validation',))
+        """
+        train, val, notes = hold_out_samples(self.train, fraction)
+        return replace(self, train=train, val=val, notes=self.notes + notes)
+
+    def on_validation(self) -> "Data":
+        """The same with `val` in the place of the test split, which is gone: to choose settings."""
+        assert self.val is not None
+        note = "the validation samples stand for the test samples, which are not used"
+        return replace(self, test=self.val, val=None, notes=(*self.notes, note))
 
     @property
     def summary(self) -> str:
@@ -126,6 +118,7 @@ def of_pictures(
         class_names=class_names,
         view=options.view,
         notes=notes + note + shared_pictures(train, test),
+        test_held_out=isinstance(train, Part) and isinstance(test, Part) and train.source is test.source,
     )
     size = options.kept_size(train)
     if size is None:
@@ -197,12 +190,41 @@ def data_kept() -> Iterator[None]:
         _kept.reset(token)
 
 
-def build(name: str, root: str | None, options: dict[str, Any]) -> Data:
+def build(
+    name: str,
+    root: str | None,
+    options: dict[str, Any],
+    *,
+    val_fraction: float | None = None,
+    test_on: Literal["test", "val"] = "test",
+) -> Data:
     """The data set of a name, a root and options, as `builder` finds it.
+
+    Args:
+        name: see `builder`.
+        root: its first argument.
+        options: its keywords.
+        val_fraction: share of the training samples held out: as the test split where there is none, else
+            as `Data.val`, unless the data set says that itself.
+        test_on: "val" puts what is held out, a tenth if not said, in the test split's place.
 
     Raises:
         UserError: it cannot be built.
     """
+    own = "val_fraction" in options_of(builder(name))
+    if own and val_fraction is not None:
+        options = options | {"val_fraction": val_fraction}
+    data = _built(name, root, options)
+    if data.val is not None and val_fraction is not None and not own:
+        note = "the data set has validation samples of its own: data.val_fraction is not used"
+        data = replace(data, notes=(*data.notes, note))
+    served = data.test_held_out or (own and is_path(name))
+    if data.val is None and (test_on == "val" or (val_fraction is not None and not served)):
+        data = data.with_validation(val_fraction or VAL_FRACTION)
+    return data.on_validation() if test_on == "val" else data
+
+
+def _built(name: str, root: str | None, options: dict[str, Any]) -> Data:
     kept = _kept.get()
     if kept is None or is_path(name):
         return builder(name)(root, **options)
@@ -216,177 +238,3 @@ def build(name: str, root: str | None, options: dict[str, Any]) -> Data:
 def names() -> list[str]:
     """Names of the data sets at hand."""
     return submodules("diffkd.data")
-
-
-class Loader:
-    """Deals a split out in batches. One seed gives one order, whatever the number of workers.
-
-    Batch `k` of an epoch is the samples `k * batch_size` to `(k + 1) * batch_size` of the epoch's order,
-    divided among the processes: the same samples on any number of them. The order depends on
-    `(seed, epoch)`, a sample's augmentation on `(seed, epoch, index)` alone: it is the same for any
-    batch size, number of workers and number of processes, and an epoch can be entered again at any
-    batch. The process's own random generators are left as they were.
-
-    Args:
-        split: the samples.
-        batch_size: samples per batch, all processes together.
-        shuffle: a new order each epoch, and the last incomplete batch dropped (training). Else every
-            sample comes once, on one of the processes; a process without a share of the last batch
-            has one batch less.
-        finish: what is done to a process's part of every batch last, with a generator (on the CPU) that
-            depends on `(seed, epoch, batch)`: mixup, say.
-        rank, world_size: this process's share: every `world_size`-th sample of every batch.
-        workers: loader processes of map-style data sets; batched splits need none.
-
-    Raises:
-        UserError: a batch to be shuffled is larger than the split, or cannot be divided equally.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        shuffle: bool,
-        seed: int = 0,
-        workers: int = 0,
-        device: torch.device | None = None,
-        collate: Callable[[list[Any]], Batch] | None = None,
-        finish: Callable[[Batch, torch.Generator], Batch] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if shuffle:
-            _check_batch_size(batch_size, world_size, len(split))
-        self.device = device or torch.device("cpu")
-        self.split = split.to(self.device) if isinstance(split, BatchedSplit) else split
-        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.rank, self.world_size, self.finish = rank, world_size, finish
-        self._plan = _Plan()
-        self._workers: DataLoader[Any] | None = None
-        if not isinstance(self.split, BatchedSplit):
-            plan: Any = self._plan  # of more than lists of indices
-            self._workers = DataLoader(
-                _Seeded(self.split),
-                batch_sampler=plan,
-                num_workers=workers,
-                collate_fn=_Collate(collate),
-                persistent_workers=workers > 0,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # else each epoch would draw from the run's own
-            )
-
-    def __len__(self) -> int:
-        """Batches per epoch; of those of the last one, some processes may have no share."""
-        count = len(self.split)
-        return count // self.batch_size if self.shuffle else -(-count // self.batch_size)
-
-    def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
-        """This process's part of the batches of epoch `number`, from batch `start` on, on the device."""
-        for position, batch in enumerate(self._batches(number, start), start):
-            if self.finish is not None:
-                seed = mix(self.seed, number, position, 0, 1)
-                batch = self.finish(batch, torch.Generator().manual_seed(seed))
-            yield batch
-
-    def _batches(self, number: int, start: int) -> Iterator[Batch]:
-        shares = self._shares(number, start)
-        if isinstance(self.split, BatchedSplit):
-            seed = mix(self.seed, number)
-            yield from (self.split.batch(share, seed) for share in shares)
-            return
-        assert self._workers is not None
-        self._plan.fill((_Share(self.seed, number, share.numpy()) for share in shares), len(self) - start)
-        for batch in self._workers:
-            if isinstance(batch, UserError):
-                raise UserError(str(batch))  # a new one: the frame must not hold what holds the frame
-            if batch is not None:
-                yield to_device(batch, self.device)
-
-    def _shares(self, epoch: int, start: int) -> Iterator[Tensor]:
-        """This process's sample indices, batch by batch in the order of the epoch."""
-        order = torch.arange(len(self.split))
-        if self.shuffle:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
-            order = together(order, getattr(self.split, "groups", None), self.batch_size)
-        for batch in range(start, len(self)):
-            samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            if len(share := samples[self.rank :: self.world_size]):
-                yield share
-
-
-def _check_batch_size(batch_size: int, processes: int, count: int) -> None:
-    least = batch_size // processes * processes
-    if batch_size != least:
-        fitting = " or ".join(str(size) for size in (least, least + processes) if 0 < size <= count)
-        raise UserError(
-            f"data.batch_size={batch_size} cannot be divided among {processes} processes; "
-            + (f"{fitting} can" if fitting else "use fewer")
-        )
-    if batch_size > count:
-        most = count // processes * processes
-        raise UserError(
-            f"data.batch_size={batch_size} is larger than the {count} training samples; "
-            + (f"set it to {most} or less" if most else f"{processes} processes are too many for them")
-        )
-
-
-class _Share(NamedTuple):
-    """One process's part of a batch."""
-
-    seed: int
-    epoch: int
-    indices: np.ndarray
-
-
-class _Plan:
-    """The batches of the epoch under way, read by the DataLoader as its batch sampler."""
-
-    def __init__(self) -> None:
-        self.fill(iter(()), 0)
-
-    def fill(self, shares: Iterator[_Share], count: int) -> None:
-        self._shares, self._count = shares, count
-
-    def __iter__(self) -> Iterator[_Share]:
-        return self._shares
-
-    def __len__(self) -> int:
-        return self._count
-
-
-class _Seeded(Dataset[Any]):
-    """Makes a sample's random augmentation depend on its own seed alone."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitems__(self, share: _Share) -> list[tuple[Any, int]] | UserError:
-        """Samples and their indices; a whole batch at once, for generators are saved once a batch."""
-        rows = []
-        with generators_kept():
-            for index in share.indices.tolist():
-                seed_sample(mix(share.seed, share.epoch, index))
-                try:
-                    rows.append((self.samples[index], index))
-                except UserError as error:
-                    # as a value: raised in a loader process, it would come with a traceback for a message
-                    return error
-        return rows
-
-
-class _Collate:
-    def __init__(self, collate: Callable[[list[Any]], Batch] | None) -> None:
-        self.collate = collate or default_collate
-
-    def __call__(self, rows: list[tuple[Any, int]] | UserError) -> Batch | UserError | None:
-        if isinstance(rows, UserError):
-            return rows
-        rows = [row for row in rows if row[0] is not None]
-        if not rows:
-            return None
-        batch = as_batch(self.collate([sample for sample, _ in rows]))
-        return batch._replace(indices=torch.tensor([index for _, index in rows]))

@@ -54,7 +54,7 @@ def build(
     else:
         train, test, note = held_out_boxes(train, val_fraction)
         notes.append(note)
-    return Data(**boxed(train, test, options, notes))
+    return Data(**boxed(train, test, options, notes), test_held_out=not names)
 
 
 def _same_classes(train: Annotated, test: Annotated, where: str) -> tuple[Annotated, Annotated]:

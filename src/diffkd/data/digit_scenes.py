@@ -121,6 +121,13 @@ class BoxScenes(ArraySplit):
         super().__init__(scenes.images, None)
         self.boxes, self.labels = scenes.boxes, scenes.labels
 
+    def part(self, places: np.ndarray, *, training: bool) -> "BoxScenes":
+        """The scenes at some places `(n,)`."""
+        found = super().part(places, training=training)
+        assert isinstance(found, BoxScenes)
+        found.boxes, found.labels = self.boxes[places], self.labels[places]
+        return found
+
     def batch(self, indices: Tensor, seed: int) -> Batch:
         """The scenes at `indices` `(B,)`."""
         found = super().batch(indices, seed)

@@ -56,7 +56,8 @@ def build(
     pair = partial(pair_up, suffix=mask_suffix, coloured=any(map(is_colour, codes or ())))
     train, test, said = _splits(folder, (images, masks), pair, test_folder, val_fraction)
     found = masked_splits(train, test, options, names=names, codes=codes, ignore=ignore_index)
-    return Data(**found | {"notes": (*said, *notes, *found["notes"])})
+    split = (folder / images / "train").is_dir()
+    return Data(**found | {"notes": (*said, *notes, *found["notes"]), "test_held_out": not split})
 
 
 def _classes(

@@ -139,9 +139,10 @@ class PictureOptions:
         # large enough for the smallest crop not to be magnified
         side = math.ceil(self.size / math.sqrt(self.min_scale))
         common: Any = {"max_corrupt": self.max_corrupt, "max_pixels": self.max_pixels, "levels": levels}
+        plain = self.test_transform()
         return (
-            Pictures(train, self.train_transform(), at_least=side, **common),
-            Pictures(test, self.test_transform(), leave_out=True, **common),
+            Pictures(train, self.train_transform(), at_least=side, plain=plain, **common),
+            Pictures(test, plain, leave_out=True, **common),
         )
 
     def levels(self, train: Source) -> tuple[tuple[int, int] | None, tuple[str, ...]]:

@@ -120,6 +120,7 @@ class Pictures:
         transform: from an RGB picture to a tensor.
         max_corrupt: how many unreadable ones are put up with.
         leave_out: an unreadable picture's sample is None.
+        plain: as `transform`, but without augmentation, for a part held out; None is `transform`.
         at_least, levels, max_pixels: see `decode`.
     """
 
@@ -129,12 +130,13 @@ class Pictures:
         transform: Callable[[Image.Image], Tensor],
         max_corrupt: int = 0,
         *,
+        plain: Callable[[Image.Image], Tensor] | None = None,
         leave_out: bool = False,
         at_least: int | None = None,
         levels: tuple[int, int] | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.source, self.transform = source, transform
+        self.source, self.transform, self.plain = source, transform, plain
         self.max_corrupt, self.leave_out = max_corrupt, leave_out
         self.at_least, self.levels, self.max_pixels = at_least, levels, max_pixels
         # in shared memory, so that the loader's processes count together
@@ -143,6 +145,15 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def part(self, places: np.ndarray, *, training: bool) -> "Pictures":
+        """The pictures at some places `(n,)`, augmented as these are, or held out and not."""
+        kept: Any = {"levels": self.levels, "max_pixels": self.max_pixels}
+        if training:
+            kept |= {"plain": self.plain, "leave_out": self.leave_out, "at_least": self.at_least}
+        transform = self.transform if training else self.plain or self.transform
+        kept = {"leave_out": True} | kept
+        return Pictures(Part(self.source, places), transform, self.max_corrupt, **kept)
 
     def __getitem__(self, index: int) -> Any:
         """One sample.

@@ -81,6 +81,28 @@ class MaskFiles:
         return MaskFiles([self.picture(i) for i in found], masks, self.coloured)
 
 
+class _SomeMasked:
+    """The pictures and masks of others at some places `(N,)`."""
+
+    def __init__(self, source: Masked, places: np.ndarray) -> None:
+        self.source, self.places = source, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def picture(self, index: int) -> Path:
+        """The picture's file."""
+        return self.source.picture(int(self.places[index]))
+
+    def place(self, index: int) -> str:
+        """What an error calls the mask."""
+        return self.source.place(int(self.places[index]))
+
+    def codes(self, index: int) -> np.ndarray:
+        """What the mask holds."""
+        return self.source.codes(int(self.places[index]))
+
+
 def read_mask(place: Path, coloured: bool = False) -> np.ndarray:
     """The codes of a mask's file, `(H, W)` int64.
 
@@ -208,6 +230,10 @@ class MaskedPictures:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def part(self, places: np.ndarray, *, training: bool) -> "MaskedPictures":
+        """The pictures at some places `(n,)`, changed as these are or whole."""
+        return MaskedPictures(_SomeMasked(self.source, places), self.table, self.view if training else None)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One sample.

@@ -61,6 +61,17 @@ class ArraySplit:
         moved.targets = None if self.targets is None else self.targets.to(device)
         return moved
 
+    def part(self, places: np.ndarray, *, training: bool) -> "ArraySplit":
+        """The samples at some places `(n,)`, augmented as these are or not at all."""
+        found, rows, edge = copy.copy(self), torch.from_numpy(places), self.crop_padding
+        found.images = self.images[rows]
+        found.targets = None if self.targets is None else self.targets[rows]
+        if not training:
+            height, width = self.size
+            found.images = found.images[..., edge : edge + height, edge : edge + width].contiguous()
+            found.crop_padding, found.flip, found.cutout = 0, False, 0
+        return found
+
     def batch(self, indices: Tensor, seed: int) -> Batch:
         """The samples at `indices` `(B,)`; how each is augmented depends on `(seed, index)` alone."""
         indices = indices.to(self.images.device, non_blocking=True)

@@ -47,6 +47,10 @@ class DataRecipe(OpenSection):
         root: the folder where the data are.
         batch_size, eval_batch_size: pictures of a batch, on all devices together.
         workers: processes that read pictures, on each device; 0 reads in the training process.
+        val_fraction: share of the training samples (of every class, where known) held out: as the test split
+            where there is none, else for validation.
+        test_on: `val` puts the validation samples (a tenth if `val_fraction` is not said) in the place of
+            the test samples, which are then not used: to try settings without a look at the test data.
         mixup, cutmix: parameters of their Beta distributions; 0 leaves them out. The share and the kind
             are drawn for a batch; each device mixes its own part of it.
     """
@@ -56,6 +60,8 @@ class DataRecipe(OpenSection):
     batch_size: Count = 64
     eval_batch_size: Count | None = None
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    test_on: Literal["test", "val"] = "test"
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
 

@@ -148,9 +148,13 @@ class BoxPictures(Pictures):
     def __init__(self, source: Annotated, options: BoxOptions, *, training: bool) -> None:
         self.view = options.train_view() if training else options.test_view()
         super().__init__(source, self.view, options.max_corrupt, leave_out=not training)  # type: ignore[arg-type]
-        self.annotated, self.training, self.mosaic = source, training, options.mosaic
+        self.annotated, self.training, self.mosaic, self.options = source, training, options.mosaic, options
         # less padding where what is wide and what is high do not share batches
         self.groups = (source.sizes[:, 0] > source.sizes[:, 1]).astype(np.int64)
+
+    def part(self, places: np.ndarray, *, training: bool) -> "BoxPictures":
+        """The pictures at some places `(n,)`, in random views or whole."""
+        return BoxPictures(self.annotated.part(places), self.options, training=training)
 
     def picture(self, place: int) -> tuple[str, Path]:
         """What an error calls the picture at a place, and its file."""

@@ -1,0 +1,114 @@
+"""Parts of a split: to train on, and held out of training to choose on."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkd.batch import Batch
+from diffkd.pictures.loading import BatchedSplit, Samples, Split
+from diffkd.pictures.memory import hold_out
+
+
+class _Some:
+    """The samples of a map-style split at some places.
+
+    Args:
+        source: all of them.
+        places: `(N,)` int64.
+    """
+
+    def __init__(self, source: Samples, places: np.ndarray) -> None:
+        self.source, self.places = source, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[int(self.places[index])]
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """Which samples fill batches together; None where any do."""
+        groups = getattr(self.source, "groups", None)
+        return None if groups is None else np.asarray(groups)[self.places]
+
+
+class _SomeBatches:
+    """The samples of a batched split at some places."""
+
+    def __init__(self, source: BatchedSplit, places: np.ndarray) -> None:
+        self.source, self.places = source, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def to(self, device: torch.device) -> "_SomeBatches":
+        """The same samples on a device."""
+        return _SomeBatches(self.source.to(device), self.places)
+
+    def batch(self, indices: Tensor, seed: int) -> Batch:
+        """The samples at `indices` `(B,)`, each as it is in the whole."""
+        found = self.source.batch(torch.from_numpy(self.places)[indices.cpu()], seed)
+        return found._replace(indices=indices)
+
+
+def part_of(split: Split, places: np.ndarray, *, training: bool) -> Split:
+    """The samples of a split to train on at some places.
+
+    Args:
+        split: one whose `part(places, training=...)` is called where it has that; else it is wrapped.
+        places: `(N,)` int64.
+        training: augmented; else as a test split shows them, where the split says how.
+    """
+    if says_parts(split):
+        return split.part(places, training=training)  # type: ignore[union-attr,no-any-return]
+    return _SomeBatches(split, places) if isinstance(split, BatchedSplit) else _Some(split, places)
+
+
+def says_parts(split: Split) -> bool:
+    """Whether a split has a `part` of its own: one that it inherits does not know what a subclass adds."""
+    for kind in type(split).__mro__:
+        if "part" in vars(kind):
+            return True
+        if "batch" in vars(kind) or "__getitem__" in vars(kind):
+            return False
+    return False
+
+
+def classes_in(split: Any) -> np.ndarray | None:
+    """Class `(N,)` of every sample, where a split, or what it reads from, lists them; else None."""
+    found = next((v for v in (getattr(split, n, None) for n in ("targets", "labels")) if v is not None), None)
+    if callable(found):
+        found = found()
+    if found is None:
+        source, places = getattr(split, "source", None), getattr(split, "places", None)
+        below = None if source is None else classes_in(source)
+        return below if below is None or places is None else below[places]
+    try:
+        classes = np.asarray(found.cpu() if isinstance(found, Tensor) else found)
+    except ValueError:  # of different lengths: boxes, say
+        return None
+    return classes if classes.shape == (len(split),) and classes.dtype.kind in "iu" else None
+
+
+def hold_out_samples(split: Split, fraction: float) -> tuple[Split, Split, tuple[str, ...]]:
+    """What stays to train on, what is held out, always the same, and notes that say so.
+
+    Args:
+        split: to train on.
+        fraction: share held out, of every class where samples have one class each.
+
+    Raises:
+        UserError: `fraction` is not between 0 and 1, or there are too few samples.
+    """
+    kept, held = hold_out(len(split), fraction, classes_in(split))
+    notes = [f"{len(held)} of {len(split)} training samples held out for validation"]
+    if not says_parts(split):
+        notes.append(
+            "the samples held out are seen as in training: a split that has `part(places, training=...)` "
+            "says how they are seen without augmentation"
+        )
+    parts = (part_of(split, p, training=t) for p, t in ((kept, True), (held, False)))
+    return *parts, tuple(notes)  # type: ignore[return-value]

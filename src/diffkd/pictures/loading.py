@@ -1,0 +1,222 @@
+"""Splits of a data set, and the loader that deals their samples out in a repeatable order."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from diffkd.batch import Batch, as_batch, to_device
+from diffkd.errors import UserError
+from diffkd.maths.randomness import generators_kept, mix, seed_sample
+from diffkd.pictures.memory import together
+
+
+@runtime_checkable
+class BatchedSplit(Protocol):
+    """Samples held whole in memory, gathered and augmented a batch at a time on their device."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> "BatchedSplit":
+        """The same samples on a device."""
+        ...
+
+    def batch(self, indices: Tensor, seed: int) -> Batch:
+        """The samples at `indices` (int64, on the CPU).
+
+        What is random in a sample depends on `(seed, index)` alone, whatever else is in the batch:
+        `diffkd.maths.randomness.Draws` gives such numbers.
+        """
+        ...
+
+
+class Samples(Protocol):
+    """A map-style data set: `samples[i]` is `(image, target)`, an image `(C, H, W)`.
+
+    What is random in it is drawn from PyTorch's, Python's and NumPy's own generators, which the loader
+    seeds for every sample. A sample that is None is left out of its batch.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+Split = BatchedSplit | Samples
+
+
+class Loader:
+    """Deals a split out in batches. One seed gives one order, whatever the number of workers.
+
+    Batch `k` of an epoch is the samples `k * batch_size` to `(k + 1) * batch_size` of the epoch's order,
+    divided among the processes: the same samples on any number of them. The order depends on
+    `(seed, epoch)`, a sample's augmentation on `(seed, epoch, index)` alone: it is the same for any
+    batch size, number of workers and number of processes, and an epoch can be entered again at any
+    batch. The process's own random generators are left as they were.
+
+    Args:
+        split: the samples.
+        batch_size: samples per batch, all processes together.
+        shuffle: a new order each epoch, and the last incomplete batch dropped (training). Else every
+            sample comes once, on one of the processes; a process without a share of the last batch
+            has one batch less.
+        finish: what is done to a process's part of every batch last, with a generator (on the CPU) that
+            depends on `(seed, epoch, batch)`: mixup, say.
+        rank, world_size: this process's share: every `world_size`-th sample of every batch.
+        workers: loader processes of map-style data sets; batched splits need none.
+
+    Raises:
+        UserError: a batch to be shuffled is larger than the split, or cannot be divided equally.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        workers: int = 0,
+        device: torch.device | None = None,
+        collate: Callable[[list[Any]], Batch] | None = None,
+        finish: Callable[[Batch, torch.Generator], Batch] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if shuffle:
+            _check_batch_size(batch_size, world_size, len(split))
+        self.device = device or torch.device("cpu")
+        self.split = split.to(self.device) if isinstance(split, BatchedSplit) else split
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.rank, self.world_size, self.finish = rank, world_size, finish
+        self._plan = _Plan()
+        self._workers: DataLoader[Any] | None = None
+        if not isinstance(self.split, BatchedSplit):
+            plan: Any = self._plan  # of more than lists of indices
+            self._workers = DataLoader(
+                _Seeded(self.split),
+                batch_sampler=plan,
+                num_workers=workers,
+                collate_fn=_Collate(collate),
+                persistent_workers=workers > 0,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # else each epoch would draw from the run's own
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch; of those of the last one, some processes may have no share."""
+        count = len(self.split)
+        return count // self.batch_size if self.shuffle else -(-count // self.batch_size)
+
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
+        """This process's part of the batches of epoch `number`, from batch `start` on, on the device."""
+        for position, batch in enumerate(self._batches(number, start), start):
+            if self.finish is not None:
+                seed = mix(self.seed, number, position, 0, 1)
+                batch = self.finish(batch, torch.Generator().manual_seed(seed))
+            yield batch
+
+    def _batches(self, number: int, start: int) -> Iterator[Batch]:
+        shares = self._shares(number, start)
+        if isinstance(self.split, BatchedSplit):
+            seed = mix(self.seed, number)
+            yield from (self.split.batch(share, seed) for share in shares)
+            return
+        assert self._workers is not None
+        self._plan.fill((_Share(self.seed, number, share.numpy()) for share in shares), len(self) - start)
+        for batch in self._workers:
+            if isinstance(batch, UserError):
+                raise UserError(str(batch))  # a new one: the frame must not hold what holds the frame
+            if batch is not None:
+                yield to_device(batch, self.device)
+
+    def _shares(self, epoch: int, start: int) -> Iterator[Tensor]:
+        """This process's sample indices, batch by batch in the order of the epoch."""
+        order = torch.arange(len(self.split))
+        if self.shuffle:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
+            order = together(order, getattr(self.split, "groups", None), self.batch_size)
+        for batch in range(start, len(self)):
+            samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            if len(share := samples[self.rank :: self.world_size]):
+                yield share
+
+
+def _check_batch_size(batch_size: int, processes: int, count: int) -> None:
+    least = batch_size // processes * processes
+    if batch_size != least:
+        fitting = " or ".join(str(size) for size in (least, least + processes) if 0 < size <= count)
+        raise UserError(
+            f"data.batch_size={batch_size} cannot be divided among {processes} processes; "
+            + (f"{fitting} can" if fitting else "use fewer")
+        )
+    if batch_size > count:
+        most = count // processes * processes
+        raise UserError(
+            f"data.batch_size={batch_size} is larger than the {count} training samples; "
+            + (f"set it to {most} or less" if most else f"{processes} processes are too many for them")
+        )
+
+
+class _Share(NamedTuple):
+    """One process's part of a batch."""
+
+    seed: int
+    epoch: int
+    indices: np.ndarray
+
+
+class _Plan:
+    """The batches of the epoch under way, read by the DataLoader as its batch sampler."""
+
+    def __init__(self) -> None:
+        self.fill(iter(()), 0)
+
+    def fill(self, shares: Iterator[_Share], count: int) -> None:
+        self._shares, self._count = shares, count
+
+    def __iter__(self) -> Iterator[_Share]:
+        return self._shares
+
+    def __len__(self) -> int:
+        return self._count
+
+
+class _Seeded(Dataset[Any]):
+    """Makes a sample's random augmentation depend on its own seed alone."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, share: _Share) -> list[tuple[Any, int]] | UserError:
+        """Samples and their indices; a whole batch at once, for generators are saved once a batch."""
+        rows = []
+        with generators_kept():
+            for index in share.indices.tolist():
+                seed_sample(mix(share.seed, share.epoch, index))
+                try:
+                    rows.append((self.samples[index], index))
+                except UserError as error:
+                    # as a value: raised in a loader process, it would come with a traceback for a message
+                    return error
+        return rows
+
+
+class _Collate:
+    def __init__(self, collate: Callable[[list[Any]], Batch] | None) -> None:
+        self.collate = collate or default_collate
+
+    def __call__(self, rows: list[tuple[Any, int]] | UserError) -> Batch | UserError | None:
+        if isinstance(rows, UserError):
+            return rows
+        rows = [row for row in rows if row[0] is not None]
+        if not rows:
+            return None
+        batch = as_batch(self.collate([sample for sample, _ in rows]))
+        return batch._replace(indices=torch.tensor([index for _, index in rows]))
