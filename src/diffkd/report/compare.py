@@ -22,7 +22,7 @@ from diffkd.errors import UserError
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import MethodRecipe, Recipe, dump, load
 from diffkd.report.comparison import FinishedRun, compare_runs, markdown, rich_table, to_csv
-from diffkd.report.examples import dense_section
+from diffkd.report.examples import example_sections
 from diffkd.report.page import page
 from diffkd.report.similarity import Similarity, similarity
 from diffkd.report.summary import finish, percent
@@ -128,7 +128,8 @@ def compare(wanted: Wanted) -> None:
     if not is_first():  # the runs were everyone's; the report is the first process's
         return
     comparison = compare_runs(base.name, _finished(runs, notes), notes)
-    write_report(comparison, output, _examples(runs))
+    sections = example_sections([(run.method, run.folder) for run in runs], _teacher(runs))
+    write_report(comparison, output, sections)
     Console(highlight=False, markup=False, width=None if console.is_terminal else 150).print(
         rich_table(comparison)
     )
@@ -286,12 +287,6 @@ def _tell(run: PlannedRun, console: Console) -> None:
     summary = run.folder.read_summary()
     score = percent(summary["last"][summary["metric"]])
     console.print(f"{run.label}: {summary['metric_label']} {score}, {summary['seconds']:.0f} s")
-
-
-def _examples(runs: Sequence[PlannedRun]) -> str:
-    """What the first seed's students answer, where there are pictures of it."""
-    first = [run for run in runs if run.recipe.seed == runs[0].recipe.seed]
-    return dense_section([(run.method, run.folder) for run in first], _teacher(runs))
 
 
 def _teacher(runs: Sequence[PlannedRun]) -> str | None:

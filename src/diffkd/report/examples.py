@@ -1,86 +1,200 @@
-"""What a comparison's page shows of segmentation: example pictures, and the IoU of every class."""
+"""What a comparison's page shows of segmentation and detection: example pictures, and figures in tables."""
 
 import base64
 import colorsys
 import html
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from diffkd.assembly import assemble
 from diffkd.recipe.schema import load
 from diffkd.runs.folder import RunFolder
+from diffkd.use.drawing import draw_boxes
 from diffkd.use.trained import as_trained
 
 SCENES = 3
+SURE = 0.3  # least score of a box that is shown
 _VOID = (90, 90, 90)
+_SIDES = 240, 640  # pixels: pictures with boxes are shown with shorter sides of at least, longer of at most
+_BY_SIZE = {
+    "ap": "all",
+    "ap50": "all, IoU 0.5",
+    "ap75": "all, IoU 0.75",
+    "ap_small": "small, below 32 x 32 pixels",
+    "ap_medium": "medium",
+    "ap_large": "large, above 96 x 96 pixels",
+    "voc_ap50": "all, as Pascal VOC counts",
+}
+Runs = Sequence[tuple[str, RunFolder]]
 
 
-def dense_section(runs: Sequence[tuple[str, RunFolder]], teacher_weights: str | None) -> str:
-    """HTML of a comparison of segmentation; empty for other tasks.
+def example_sections(runs: Runs, teacher_weights: str | None) -> str:
+    """HTML of a comparison of segmentation or detection; empty for other tasks.
 
     Args:
-        runs: each method's name and its finished run, of one seed.
+        runs: each method's name and its finished run; a method's first run is the one shown.
         teacher_weights: the teacher that the runs were compared with.
     """
-    summaries = {label: folder.read_summary() for label, folder in runs}
-    figures = {label: summary.get("arrays", {}).get("iou") for label, summary in summaries.items()}
-    if not figures or None in figures.values() or any(s["agreement"] for s in summaries.values()):
+    summaries = [(label, folder.read_summary()) for label, folder in runs]
+    if not summaries or any(summary["agreement"] for _, summary in summaries):
         return ""
-    names = next(iter(summaries.values()))["class_names"]
-    return "\n".join(
-        [
-            '<section><h2>Scenes</h2><p class="deck">The first test scenes: picture, truth, and what each '
-            "model answers. Grey is void; the last picture is bright where the students differ.</p>",
-            *_scenes(runs, teacher_weights),
-            '</section><section><h2>Classes</h2><p class="deck">IoU of every class, one seed, in %.</p>',
-            _bars(figures, names),
-            "</section>",
-        ]
-    )
+    shown = dict(reversed(runs))  # the first run of a method
+    chosen = [(label, shown[label]) for label in dict.fromkeys(label for label, _ in runs)]
+    for figure, sections in (("iou", _segmentation), ("ap_per_class", _detection)):
+        if all(figure in summary.get("arrays", {}) for _, summary in summaries):
+            return "\n".join(sections(_first_scenes(chosen, teacher_weights), summaries))
+    return ""
 
 
-def _scenes(runs: Sequence[tuple[str, RunFolder]], teacher_weights: str | None) -> Iterator[str]:
-    """A row of pictures for every scene."""
-    answers: dict[str, list[Tensor]] = {}
-    images, truth, classes = _first_scenes(runs, teacher_weights, answers)
-    colours = _palette(classes)
-    for i, image in enumerate(images):
-        shown = {"picture": image, "truth": colours[truth[i].numpy()]}
-        order = sorted(answers, key=lambda label: label != "teacher")
-        shown |= {label: colours[answers[label][i].numpy()] for label in order}
-        students = torch.stack([answers[label][i] for label, _ in runs])
-        differ = (students != students[:1]).any(0).numpy()
-        shown["where they differ"] = np.where(differ[..., None], 255, image // 4).astype(np.uint8)
-        figures = "".join(_figure(name, pixels) for name, pixels in shown.items())
-        yield f'<div class="scroll" style="display:flex;gap:10px;margin-bottom:14px">{figures}</div>'
+@dataclass
+class _Scenes:
+    """The first test pictures, and what is answered about them.
+
+    Attributes:
+        images: `(C, H, W)` each; targets: of each, as the task has them.
+        answers: what the task predicts for each, by model, the teacher first.
+        names: of the classes.
+    """
+
+    images: list[Tensor] = field(default_factory=list)
+    targets: list[Any] = field(default_factory=list)
+    answers: dict[str, list[Any]] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
 
 @torch.no_grad()
-def _first_scenes(
-    runs: Sequence[tuple[str, RunFolder]], teacher_weights: str | None, answers: dict[str, list[Tensor]]
-) -> tuple[list[np.ndarray], list[Tensor], int]:
-    """The first test scenes `(H, W, 3)`, their truth `(H, W)` and the number of classes; fills in answers."""
-    images: list[np.ndarray] = []
-    truth: list[Tensor] = []
-    classes = 0
+def _first_scenes(runs: Runs, teacher_weights: str | None) -> _Scenes:
+    """Builds every model again and asks it."""
+    found = _Scenes()
+    teacher: dict[str, list[Any]] = {}
     for label, folder in runs:
         recipe = as_trained(load(str(folder.recipe_file), trust=True), folder, teacher_weights)
-        first = "teacher" not in answers and recipe.teacher is not None and bool(recipe.method)
-        parts = assemble(recipe, with_teacher=first)
+        parts = assemble(
+            recipe, with_teacher=not teacher and recipe.teacher is not None and bool(recipe.method)
+        )
         batch = next(iter(parts.loader(parts.data.test, shuffle=False, batch_size=SCENES).epoch()))
-        sides = {label: parts.student} | ({"teacher": parts.teacher} if parts.teacher else {})
-        for name, side in sides.items():
-            side.model.eval()
-            answers[name] = list(parts.task.answers(side.forward(parts.task, batch)))
-        images = [_pixels(image) for image in batch.images]
-        truth, classes = list(batch.targets), parts.data.num_classes or 0
-    return images, truth, classes
+        for place, side in ((found.answers, parts.student), (teacher, parts.teacher)):
+            if side is not None:
+                side.model.eval()
+                place["teacher" if side is parts.teacher else label] = list(side.forward(parts.task, batch))
+        classes = parts.data.num_classes or 0
+        found.images, found.targets = list(batch.images), list(batch.targets)
+        found.names = parts.data.class_names or tuple(map(str, range(classes)))
+    found.answers = teacher | found.answers
+    return found
+
+
+def _row(figures: Mapping[str, np.ndarray], form: str = "PNG") -> str:
+    """Pictures with their names, side by side."""
+    shown = "".join(_figure(name, pixels, form) for name, pixels in figures.items())
+    return f'<div class="scroll" style="display:flex;gap:10px;margin-bottom:14px">{shown}</div>'
+
+
+# --- segmentation ----------------------------------------------------------------------------------
+
+
+def _segmentation(scenes: _Scenes, summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    first = dict(reversed(summaries))
+    order = [label for label in scenes.answers if label in first]
+    yield (
+        '<section><h2>Scenes</h2><p class="deck">The first test scenes: picture, truth, and what each '
+        "model answers. Grey is void; the last picture is bright where the students differ.</p>"
+    )
+    colours = _palette(len(scenes.names))
+    for i, image in enumerate(map(_pixels, scenes.images)):
+        answers = {label: given[i].argmax(0) for label, given in scenes.answers.items()}
+        shown = {"picture": image, "truth": colours[scenes.targets[i].numpy()]}
+        shown |= {label: colours[answer.numpy()] for label, answer in answers.items()}
+        students = torch.stack([answers[label] for label in order])
+        differ = (students != students[:1]).any(0).numpy()
+        yield _row(
+            shown | {"where they differ": np.where(differ[..., None], 255, image // 4).astype(np.uint8)}
+        )
+    yield '</section><section><h2>Classes</h2><p class="deck">IoU of every class, one seed, in %.</p>'
+    yield _bars({label: first[label]["arrays"]["iou"] for label in order}, scenes.names, "class")
+    yield "</section>"
+
+
+# --- detection -------------------------------------------------------------------------------------
+
+
+def _detection(scenes: _Scenes, summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    yield (
+        '<section><h2>Pictures</h2><p class="deck">The first test pictures: the truth, and what each model '
+        f"finds with a score of {SURE} or more.</p>"
+    )
+    for i, (image, target) in enumerate(zip(scenes.images, scenes.targets, strict=True)):
+        origin = target.get("origin", tuple(image.shape[-2:]))
+        true = ~target.get("ignore", torch.zeros_like(target["labels"], dtype=torch.bool))
+        shown = {"truth": _with_boxes(image, target, true, origin, scenes.names)}
+        for label, given in scenes.answers.items():
+            shown[label] = _with_boxes(image, given[i], given[i]["scores"] >= SURE, origin, scenes.names)
+        yield _row(shown, "JPEG")
+    seeds = max(sum(label == known for known, _ in summaries) for label, _ in summaries)
+    yield (
+        '</section><section><h2>Sizes</h2><p class="deck">Average precision by the size of the objects, '
+        f"{'one seed' if seeds == 1 else f'mean of {seeds} seeds'}, in %.</p>"
+    )
+    yield _bars(*_by_size(summaries), "objects")
+    yield "</section>"
+
+
+def _with_boxes(
+    image: Tensor, found: Mapping[str, Tensor], keep: Tensor, origin: tuple[int, int], names: Sequence[str]
+) -> np.ndarray:
+    """A picture `(H, W, 3)`, at a size at which words can be read on it, with some of the boxes.
+
+    Args:
+        image: `(C, H, W)`.
+        found: `boxes`, `labels`, maybe `scores`.
+        keep: which of them.
+        origin: `(H, W)` in pixels of which the boxes are.
+        names: of the classes.
+    """
+    height, width = image.shape[-2:]
+    factor = max(_SIDES[0] / min(height, width), 1.0)
+    factor = min(factor, _SIDES[1] / max(height, width))
+    size = round(height * factor), round(width * factor)
+    how = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR
+    canvas = pil_to_tensor(Image.fromarray(_pixels(image)).resize(size[::-1], how))
+    scale = torch.tensor([size[1] / origin[1], size[0] / origin[0]] * 2)
+    boxes, scores = found["boxes"][keep].cpu() * scale, found.get("scores")
+    drawn = draw_boxes(canvas, boxes, found["labels"][keep], names, None if scores is None else scores[keep])
+    return drawn.permute(1, 2, 0).numpy()
+
+
+def _by_size(
+    summaries: Sequence[tuple[str, Mapping[str, Any]]],
+) -> tuple[dict[str, list[float | None]], list[str]]:
+    """Figures of the teacher and each method, mean over its runs, and what they are of."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    taught = next((summary["teacher"] for _, summary in summaries if summary["teacher"]), None)
+    if taught is not None:
+        rows["teacher"] = [taught]
+    for label, summary in summaries:
+        rows.setdefault(label, []).append(summary["last"])
+    known = [key for key in _BY_SIZE if any(key in row for found in rows.values() for row in found)]
+    figures = {
+        label: [_mean([row[key] for row in found if row.get(key) is not None]) for key in known]
+        for label, found in rows.items()
+    }
+    return figures, [_BY_SIZE[key] for key in known]
+
+
+def _mean(values: list[float]) -> float | None:
+    return mean(values) if values else None
+
+
+# --- parts of the page -----------------------------------------------------------------------------
 
 
 def _pixels(image: Tensor) -> np.ndarray:
@@ -98,35 +212,35 @@ def _palette(classes: int) -> np.ndarray:
     return colours
 
 
-def _figure(name: str, pixels: np.ndarray) -> str:
+def _figure(name: str, pixels: np.ndarray, form: str) -> str:
     """A picture that is part of the page, with its name."""
     content = BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(content, "PNG")
+    Image.fromarray(pixels.astype(np.uint8)).save(content, form)
     source = base64.b64encode(content.getvalue()).decode()
     width = max(pixels.shape[1], 130)
     return (
         f'<figure style="margin:0"><img alt="{_text(name)}" width="{width}" '
-        f'style="image-rendering:pixelated" src="data:image/png;base64,{source}">'
+        f'style="image-rendering:pixelated" src="data:image/{form.lower()};base64,{source}">'
         f'<figcaption style="font-size:13px">{_text(name)}</figcaption></figure>'
     )
 
 
-def _bars(figures: Mapping[str, Sequence[float | None]], names: Sequence[str]) -> str:
-    """A table with a bar for every class and method."""
+def _bars(figures: Mapping[str, Sequence[float | None]], names: Sequence[str], what: str) -> str:
+    """A table with a bar for every row, by name, and model."""
     head = "".join(f"<th>{_text(label)}</th>" for label in figures)
     rows = []
     for i, name in enumerate(names):
         cells = "".join(_bar(values[i]) for values in figures.values())
         rows.append(f"<tr><th>{_text(name)}</th>{cells}</tr>")
     return (
-        f'<div class="scroll"><table><thead><tr><th>class</th>{head}</tr></thead>'
+        f'<div class="scroll"><table><thead><tr><th>{what}</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 def _bar(value: float | None) -> str:
     if value is None:
-        return "<td>in no mask</td>"
+        return "<td>&#8211;</td>"
     fill = f"linear-gradient(90deg,var(--wash) {100 * value:.1f}%,transparent 0)"
     return f'<td style="background:{fill}">{100 * value:.1f}</td>'
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
 from diffkd.errors import UserError
 from diffkd.pictures.decoding import decode
@@ -21,7 +20,7 @@ from diffkd.runs.disk import write_atomically
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
-from diffkd.use.colours import palette
+from diffkd.use.drawing import draw_boxes, palette
 from diffkd.use.student import Student, load_student, told_trust
 
 BATCH = 16
@@ -211,15 +210,8 @@ def _boxes(
     height, width = size
     scale = torch.tensor([width, height, width, height]) / torch.tensor([*image.shape[:0:-1]] * 2)
     boxes, scores, labels = (found[key].cpu() for key in ("boxes", "scores", "labels"))
-    drawn = scores >= threshold
-    colours = palette(len(names) + 1)[1:]
-    shown = draw_bounding_boxes(
-        image.cpu() if len(image) == 3 else image.cpu().expand(3, -1, -1),
-        boxes[drawn],
-        [f"{names[label]} {score:.2f}" for label, score in zip(labels[drawn], scores[drawn], strict=True)],
-        [tuple(colours[label].tolist()) for label in labels[drawn]],
-        width=2,
-    )
+    sure = scores >= threshold
+    shown = draw_boxes(image, boxes[sure], labels[sure], names, scores[sure])
     picture = folder / f"{_name(place)}-boxes.png"
     _save(shown, picture)
     whole = (boxes * scale).tolist()

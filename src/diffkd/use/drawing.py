@@ -1,0 +1,59 @@
+"""Answers drawn: colours of classes, boxes on a picture."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
+
+
+def palette(count: int) -> Tensor:
+    """`(count, 3)` uint8: black, then colours far apart; the same for the same class everywhere.
+
+    Bits of the class's number go to the high bits of red, green and blue in turn, as PASCAL VOC colours
+    its classes.
+
+    >>> palette(3).tolist()
+    [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    """
+    classes = torch.arange(count)
+    colours = torch.zeros(count, 3, dtype=torch.long)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (classes >> (3 * bit + channel) & 1) << (7 - bit)
+    return colours.to(torch.uint8)
+
+
+def draw_boxes(
+    image: Tensor, boxes: Tensor, labels: Tensor, names: Sequence[str], scores: Tensor | None = None
+) -> Tensor:
+    """A picture `(3, H, W)` uint8 with boxes on it, each with its class and, where there is one, its score.
+
+    Args:
+        image: `(1, H, W)` or `(3, H, W)` uint8.
+        boxes: `(n, 4)`: left, top, right, bottom in pixels of the picture.
+        labels: `(n,)` from 0.
+        names: of the classes.
+        scores: `(n,)`.
+
+    >>> black = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    >>> draw_boxes(black, torch.tensor([[2.0, 2, 9, 9]]), torch.tensor([0]), ["a"])[:, 2, 2].tolist()
+    [128, 0, 0]
+    """
+    image = image.cpu().expand(3, -1, -1)
+    if not len(boxes):
+        return image
+    colours = palette(len(names) + 1)[1:].tolist()
+    words = [names[label] for label in labels.tolist()]
+    if scores is not None:
+        words = [f"{word} {score:.2f}" for word, score in zip(words, scores.tolist(), strict=True)]
+    drawn: Tensor = draw_bounding_boxes(
+        image,
+        boxes.cpu(),
+        words,
+        [tuple(colours[label]) for label in labels.tolist()],
+        width=2,
+        label_colors="white",
+        fill_labels=True,
+    )
+    return drawn
