@@ -1,10 +1,14 @@
 """Detection from data in each format to the student: figures, resumption, the roles of detectors."""
 
+import base64
 import json
+import re
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import box_files
@@ -14,6 +18,8 @@ from diffkd.errors import UserError
 from diffkd.maths.precision import BoxPrecision, coco_precision
 from diffkd.models.base import build
 from diffkd.recipe.schema import load
+from diffkd.report.examples import example_sections
+from diffkd.runs.folder import RunFolder
 from diffkd.tasks.detection import Detection
 
 WORDS = [
@@ -82,6 +88,25 @@ def test_a_student_is_distilled_evaluated_and_resumed_bit_by_bit(kind, diffkd, t
     assert status == 0, said
     assert "resumed at" in said
     assert weights.read_bytes() == whole
+    _check_page(tmp_path, kind)
+
+
+def _check_page(folder, kind):
+    """The same pictures with the truth and each model's boxes, and figures by size."""
+    run = RunFolder(folder / "run")
+    taught = run.read_summary()["teacher"]
+    page = example_sections([("none", run), ("<b>", run)], taught["weights"])
+    assert re.findall(r"<figcaption[^>]*>([^<]*)<", page) == ["truth", "teacher", "none", "&lt;b&gt;"] * 2
+    rows = re.findall(r"<tr><th>([^<]*)</th><td[^>]*>([\d.]+)</td>", page)
+    assert rows[0] == ("all", f"{100 * taught['ap']:.1f}")
+    assert rows[3][0].startswith("small")
+    first = Image.open(BytesIO(base64.b64decode(re.findall(r"jpeg;base64,([^\"]*)", page)[0])))
+    assert first.size == (240, 240)  # of 64 pixels a side: words can be read
+    if kind == "coco":
+        left, top, bright = box_files.picture(folder / "again.png", 4000)[0]
+        red, green, blue = np.asarray(first)[int((top + 12) * 3.75), int(left * 3.75)].astype(int)
+        # classes go by their ids, in which bright comes first: it is red, the other is green
+        assert (red if bright else green) > 2 * max(green if bright else red, blue)
 
 
 # --- the roles -------------------------------------------------------------------------------------
