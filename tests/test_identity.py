@@ -10,8 +10,10 @@ from PIL import Image
 
 import diffkd as library
 from diffkd.data.base import Data
+from diffkd.recipe.schema import load
 from diffkd.runs import content
 from diffkd.runs.content import digests
+from diffkd.runs.identity import changed, identify
 
 LOSSES = """
 from diffkd import Method
@@ -165,6 +167,19 @@ def test_a_damaged_teacher_is_made_again(harm, tiny, diffkd, tmp_path, monkeypat
     assert (folder / "student/model.safetensors").read_bytes() == whole
     status, _, err = diffkd(*words, "output=c")
     assert (status, "once" in err) == (0, False)
+
+
+def test_weights_of_a_part_count_by_their_content(tmp_path):
+    def of(name, content=None):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+            name = tmp_path / name
+        return identify(load("masks", [f"teacher.options.encoder_weights={name}"]), {})
+
+    one = of("encoder.pth", b"one")
+    assert changed(one, of("encoder.pth", b"other")) == "weights (teacher.encoder_weights)"
+    assert of("moved.pth", b"one") == one
+    assert of("pretrained")["recipe"] != one["recipe"]
 
 
 class Own:

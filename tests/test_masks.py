@@ -1,5 +1,8 @@
 """Pictures and masks in folders: what the values mean is said, every mistake names its file."""
 
+import os
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,10 @@ from PIL import Image
 
 from diffkd.data.base import builder
 from diffkd.errors import UserError
+from diffkd.pictures import count as counting
+from diffkd.pictures.masks import MaskFiles
 from diffkd.pictures.tables import read_table
+from diffkd.pictures.twins import shared_pictures
 from mask_cases import save, scene, street
 
 build = builder("masks")
@@ -146,8 +152,18 @@ def test_names_with_a_suffix_and_held_out_pictures(tmp_path):
 # --- what is refused -------------------------------------------------------------------------------
 
 
-def jpeg(root):
-    Image.fromarray(a_mask()).save(root / "masks/train/0.png", "JPEG")
+def lossy(root, form="JPEG", **how):
+    Image.fromarray(a_mask()).convert("RGB").save(root / "masks/train/0.png", form, **how)
+
+
+def everywhere(root, value, split="*", kind=np.uint8):
+    for place in (root / "masks").glob(f"{split}/*"):
+        save(place, a_mask(value, 50, kind=kind))
+
+
+def fifo(place):
+    place.unlink()
+    os.mkfifo(place)
 
 
 WRONG = {
@@ -155,12 +171,16 @@ WRONG = {
     "no picture in .* for the mask '.*val/2.png'": lambda root: (root / "images/val/2.jpg").unlink(),
     "have one name": lambda root: save(root / "images/val/2.png", GREY),
     "has 32x48 pixels, its mask '.*train/0.png' 30x48": lambda root: replaced(root, GREY[:30] % 3),
-    "train/0.png' is a JPEG, which invents colours": jpeg,
+    "train/0.png' is a JPEG, which invents colours": lossy,
+    "train/0.png' is a lossy WebP, which": lambda root: lossy(root, "WEBP"),
+    "train/0.png' is a TIFF with JPEG inside": lambda root: lossy(root, "TIFF", compression="jpeg"),
     "train/0.png' holds the value 13 in 7 pixels": lambda root: replaced(root, a_mask(13)),
     r"train/0.png' is coloured \(\(1, 2, 3\) in": lambda root: replaced(
         root, np.full((32, 48, 3), (1, 2, 3), np.uint8)
     ),
     "cannot read mask '.*train/0.png'": lambda root: (root / "masks/train/0.png").write_bytes(b"\x89PNG\r\n"),
+    "train/0.png': it is empty": lambda root: (root / "masks/train/0.png").write_bytes(b""),
+    "no mask in .* for '.*train/0.jpg' .*1 not regular files": lambda root: fifo(root / "masks/train/0.png"),
     "cannot read picture '.*train/0.jpg'": lambda root: (root / "images/train/0.jpg").write_bytes(b"no"),
     "no folder 'val' in '.*masks'": lambda root: (root / "masks/val").rename(root / "masks/other"),
     "has a folder 'train' but none of 'val'": lambda root: (root / "images/val").rename(root / "images/my"),
@@ -202,10 +222,120 @@ def test_class_tables_that_say_nothing(text, says, tmp_path):
 
 
 def test_one_class_is_too_few(tmp_path):
+    root = street(tmp_path)
     with pytest.raises(UserError, match="needs 2 at least"):
-        build(str(street(tmp_path)), classes=["road"])
+        build(str(root), classes=["road"])
+    everywhere(root, 255)
+    with pytest.raises(UserError, match=r"training masks show 'a' alone: .*0 = a 96.7 %, .* void 3.3 %"):
+        build(str(root), classes=["a", "b", "c"])
 
 
 def test_all_void_pictures_count_nothing(tmp_path):
     root = replaced(street(tmp_path, classes=3), np.full((32, 48), 255, np.uint8))
     assert (build(str(root)).train[0][1] == 255).all()
+    for place in (root / "masks/val").iterdir():
+        save(place, np.full((32, 48), 255, np.uint8))
+    with pytest.raises(UserError, match=r"every pixel of the test masks is void: .*255 = void 100 %"):
+        build(str(root))
+
+
+def test_values_with_many_gaps_want_names(tmp_path):
+    root = street(tmp_path)
+    everywhere(root, 100, kind=np.uint16)
+    with pytest.raises(UserError, match=r"values up to 100 with gaps \('0', '100'\): data.classes=FILE"):
+        build(str(root))
+
+
+def test_another_value_is_void(tmp_path):
+    root = street(tmp_path)
+    everywhere(root, 250)
+    replaced(root, a_mask(1))
+    data = build(str(root), ignore_index=250)
+    assert data.class_names == ("0", "1")
+    assert data.test[0][1].unique().tolist() == [0, 255]
+    for place in (root / "masks").glob("*/*"):
+        save(place, a_mask(2, 50) + a_mask(1, 20))
+    data = build(str(root), ignore_index=0)
+    assert data.class_names == ("1", "2", "3")
+    assert data.test[0][1].unique().tolist() == [1, 2, 255]
+    assert "values 0 to 3 are the classes, but for 0" in noted(data)
+    with pytest.raises(UserError, match="ignore_index=0 is the value of the class 'a' too"):
+        build(str(root), ignore_index=0, classes=["a", "b", "c", "d"])
+
+
+def test_binary_masks_that_were_resized_are_told(tmp_path):
+    root = street(tmp_path)
+    everywhere(root, 255)
+    replaced(root, a_mask(128))
+    with pytest.raises(UserError, match=r"value 128 in 7 pixels.*masks of 0 and 255 must hold no other"):
+        build(str(root), classes=["ground", "lesion"])
+
+
+# --- what folders hold -----------------------------------------------------------------------------
+
+
+def test_accents_blanks_and_what_is_no_picture(tmp_path):
+    root = street(tmp_path)
+    for kind, form, name in (("images", "NFC", "0.jpg"), ("masks", "NFD", "0.png")):
+        place = root / kind / "train"
+        accented = unicodedata.normalize(form, f"stra\u00dfe \u00fcber [1] {name}")
+        (place / name).rename(place / accented)
+        (place / "@eaDir").mkdir()
+        (place / "@eaDir/0.jpg").touch()
+        (place / "labels.json").touch()
+    data = build(str(root))
+    assert len(data.train) == 6
+    said = next(note for note in data.notes if note.startswith(f"left out in '{root}/masks/train'"))
+    assert "1 of the system" in said
+    assert "1 .json files" in said
+
+
+def test_a_picture_on_both_sides_is_warned_of(tmp_path):
+    root = street(tmp_path)
+    (root / "images/val/5.jpg").write_bytes((root / "images/train/2.jpg").read_bytes())
+    said = "warning: 1 of 6 test pictures looked at are training pictures too, such as"
+    assert f"{said} '{root}/images/val/5.jpg' and '{root}/images/train/2.jpg'" in noted(build(str(root)))
+
+
+def test_bitmaps_of_one_size_are_told_apart(tmp_path):
+    random = np.random.default_rng(0)
+    places = [tmp_path / f"{i}.bmp" for i in range(14)]
+    for place in places:
+        save(place, random.integers(0, 255, (8, 8, 3)).astype(np.uint8))
+    places[-1].write_bytes(places[9].read_bytes())
+    sides = ((12, places.__getitem__), (2, places[12:].__getitem__))
+    assert shared_pictures(*sides) == (
+        "warning: 1 of 2 test pictures looked at are training pictures too, such as "
+        f"'{places[-1]}' and '{places[9]}'",
+    )
+
+
+def test_masks_are_counted_once_and_again_where_they_changed(tmp_path, monkeypatch):
+    root, read = street(tmp_path / "street"), []
+    monkeypatch.setenv("DIFFKD_CACHE", str(tmp_path / "cache"))
+    plain = MaskFiles.codes
+
+    def codes(self, index):
+        read.append(self.place(index))
+        return plain(self, index)
+
+    monkeypatch.setattr(MaskFiles, "codes", codes)
+    first = build(str(root))
+    assert (len(read), (tmp_path / "cache").exists()) == (12, False)  # not worth a file
+    monkeypatch.setattr(counting, "_WORTH", -1)
+    build(str(root))
+    read.clear()
+    assert build(str(root)).notes == first.notes
+    assert not read
+    replaced(root, a_mask(2, 9), "masks/val/3.png")
+    again = build(str(root))
+    assert read == [str(root / "masks/val/3.png")]
+    assert again.notes == first.notes  # of the training masks
+    read.clear()
+    (root / "classes.txt").write_text("0 0 0 ground\n1 1 1 kerb\n2 2 2 car\n255 255 255 void\n")
+    build(str(root))
+    assert len(read) == 12  # read as colours
+    for place in (tmp_path / "cache/masks").iterdir():
+        place.write_bytes(b"PK")
+    build(str(root))
+    assert len(read) == 24

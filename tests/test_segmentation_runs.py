@@ -11,9 +11,10 @@ from PIL import Image
 
 from mask_cases import save, scene, street
 
-MODELS = ["teacher=smp/unet:resnet18", "teacher.train=null", "student=smp/unet:tu-mobilenetv3_small_050"]
+MODELS = ["teacher=smp/unet:resnet18", "student=smp/unet:tu-mobilenetv3_small_050"]
 RUN = ["trainer.accelerator=cpu", "trainer.threads=1", "method.diffkd.num_steps=2", "data.workers=0"]
 SHORT = [*MODELS, *RUN, "data.batch_size=3", "trainer.epochs=2"]
+UNTRAINED = "teacher.train=null"
 
 
 def distil(diffkd, root, *words, output="a"):
@@ -22,8 +23,12 @@ def distil(diffkd, root, *words, output="a"):
     return out, err
 
 
-def test_a_folder_of_pictures_and_masks(diffkd, tmp_path):
-    _, err = distil(diffkd, street(tmp_path / "street", splits=("train", "val", "test")))
+def test_a_folder_and_two_names_are_distilled_measured_and_gone_on_with(diffkd, tmp_path, monkeypatch):
+    from diffkd.training.trainer import Trainer
+
+    root = street(tmp_path / "straße mit bäumen", splits=("train", "val", "test"))
+    _, err = distil(diffkd, root, "teacher.train.epochs=1")
+    assert "teacher: training smp/unet:resnet18 once" in err
     assert "tested on 'val', not on 'test'" in err
     assert "0 = 0 " in err
     assert "255 = void" in err
@@ -40,27 +45,23 @@ def test_a_folder_of_pictures_and_masks(diffkd, tmp_path):
     masks = 6 * 32 * 48 - 6 * 5
     assert np.sum(summary["arrays"]["confusion"]) == masks
 
-
-def test_a_stopped_run_goes_on_to_the_same_bits(diffkd, tmp_path, monkeypatch):
-    from diffkd.training.trainer import Trainer
-
-    root = street(tmp_path / "street")
-    distil(diffkd, root, output="whole")
-    saved, step = [], Trainer._step
+    step = Trainer._step
 
     def dies(self, batch, place, updates):
         if place.step == 3:
             raise KeyboardInterrupt
         return step(self, batch, place, updates)
 
-    words = [f"data.root={root}", *SHORT, "output=cut", "trainer.save_every=1"]
+    words = ["distill", "masks", f"data.root={root}", *SHORT, "teacher.train.epochs=1", "output=cut"]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", dies)
-        status, _, _ = diffkd("distill", "masks", *words)
+        status, _, err = diffkd(*words, "trainer.save_every=1")
         assert status != 0
-    status, _, err = diffkd("distill", "masks", *words, "resume=true")
+        assert "once" not in err  # the made teacher serves again
+    status, _, err = diffkd(*words, "trainer.save_every=1", "resume=true")
     assert status == 0, err
-    saved = [(tmp_path / run / "student/model.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert "resumed at epoch 2, step 3" in err
+    saved = [(tmp_path / run / "student/model.safetensors").read_bytes() for run in ("a", "cut")]
     assert saved[0] == saved[1]
 
 
@@ -70,7 +71,7 @@ def test_binary_masks_of_0_and_255_with_grey_pictures(diffkd, tmp_path):
         picture, mask = scene(random, classes=2)
         save(tmp_path / f"lesions/images/{i}.png", picture.mean(2).astype(np.uint8))
         save(tmp_path / f"lesions/masks/{i}.png", np.where(mask == 1, 255, 0).astype(np.uint8))
-    words = ["data.classes=[background,lesion]", "data.val_fraction=0.25", "trainer.max_steps=2"]
+    words = ["data.classes=[background,lesion]", "data.val_fraction=0.25", "trainer.max_steps=2", UNTRAINED]
     _, err = distil(diffkd, tmp_path / "lesions", *words)
     assert "0 is 'background', 255 is 'lesion', nothing is void" in err
     assert "2 of its 8 pictures held out" in err
@@ -86,7 +87,7 @@ def test_pictures_larger_than_the_views(kind, diffkd, tmp_path):
         picture, mask = scene(np.random.default_rng(5), size=(50, 40))
         save(root / "images/val/0.jpg", picture)
         save(root / "masks/val/0.png", mask)
-    _, err = distil(diffkd, root, "data.crop_size=32", "trainer.max_steps=1")
+    _, err = distil(diffkd, root, "data.crop_size=32", "trainer.max_steps=1", UNTRAINED)
     assert "training views of 32x32 out of pictures of 40x64" in err
     assert "student decoder (16, 32, 32)" in err
     assert "as recorded" in diffkd("evaluate", "a")[1]
@@ -94,7 +95,7 @@ def test_pictures_larger_than_the_views(kind, diffkd, tmp_path):
 
 def test_the_page_shows_scenes_and_classes(diffkd, tmp_path):
     root = street(tmp_path / "street", splits=("train", "val"))
-    words = [f"data.root={root}", *SHORT, "trainer.max_steps=1", "data.classes=[road,<kerb>,car]"]
+    words = [f"data.root={root}", *SHORT, "trainer.max_steps=1", "data.classes=[road,<kerb>,car]", UNTRAINED]
     status, _, err = diffkd("compare", "masks", "methods=none,diffkd", "seeds=1", *words, "output=c")
     assert status == 0, err
     page = (tmp_path / "c/report.html").read_text()

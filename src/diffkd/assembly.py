@@ -266,9 +266,8 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
     for key, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, shape[0]):
             raise UserError(f"{wanted.model}: {key} has {len(values)} values for {shape[0]} channels")
-    model = models.build(
-        wanted.model, num_classes=data.num_classes, image_shape=shape, options=wanted.options
-    )
+    options = models.without_start(wanted.options) if weights.state else wanted.options
+    model = models.build(wanted.model, num_classes=data.num_classes, image_shape=shape, options=options)
     resized = None if size is None or (size, size) == (height, width) else (size, size)
     models.tell_normalisation(model, mean, std)
     prepare = models.Preprocess(mean, std, resized, channels=shape[0])
@@ -331,7 +330,7 @@ def describe_student(parts: Parts, figures: Mapping[str, Any]) -> dict[str, Any]
     return {
         "diffkd": __version__,
         "model": side.name,
-        "options": wanted.student.options,
+        "options": models.without_start(wanted.student.options),
         "input_shape": list(side.input_shape),
         "task": wanted.task.name,
         "task_options": wanted.task.options,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.names import check_kind, is_path, load_object, load_submodule, options_of, submodules
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Part, Source, shared_pictures
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Part, Source, shared_files
 from diffkd.pictures.held import hold_out_samples
 from diffkd.pictures.loading import BatchedSplit as BatchedSplit
 from diffkd.pictures.loading import Loader as Loader
@@ -117,7 +117,7 @@ def of_pictures(
         std=IMAGENET_STD,
         class_names=class_names,
         view=options.view,
-        notes=notes + note + shared_pictures(train, test),
+        notes=notes + note + shared_files(train, test),
         test_held_out=isinstance(train, Part) and isinstance(test, Part) and train.source is test.source,
     )
     size = options.kept_size(train)

@@ -60,8 +60,11 @@ class Annotated:
         UserError: the file cannot be read as annotations.
     """
 
+    reads = "outlines"
+    notes = ()
+
     def __init__(self, file: Path, pictures: Path) -> None:
-        self.file, self.folder = file, pictures
+        self.annotations, self.folder = file, pictures
         try:
             content = json.loads(file.read_text())
             categories = sorted(content["categories"], key=lambda row: row["id"])
@@ -77,7 +80,7 @@ class Annotated:
 
     def _keep(self, row: dict[str, Any]) -> None:
         """An annotation with its picture's, if it is whole."""
-        where = f"'{self.file}', annotation {row.get('id')}"
+        where = f"'{self.annotations}', annotation {row.get('id')}"
         for key, known in (("image_id", self.objects), ("category_id", self.classes)):
             if row.get(key) not in known:
                 raise UserError(f"{where}: no {key.removesuffix('_id')} has the id {row.get(key)}")
@@ -94,7 +97,11 @@ class Annotated:
 
     def place(self, index: int) -> str:
         """The file of the annotations, and the picture."""
-        return f"{self.file}: {self.images[index]['file_name']}"
+        return f"{self.annotations}: {self.images[index]['file_name']}"
+
+    def file(self, index: int) -> Path:
+        """The file of the annotations."""
+        return self.annotations
 
     def codes(self, index: int) -> np.ndarray:
         """Classes `(H, W)`."""

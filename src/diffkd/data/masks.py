@@ -6,8 +6,9 @@ from pathlib import Path
 
 from diffkd.data.base import Data
 from diffkd.errors import UserError
+from diffkd.pictures.count import Masked
 from diffkd.pictures.joint import VOID, JointOptions
-from diffkd.pictures.masks import MaskFiles, masked_splits, pair_up
+from diffkd.pictures.masks import MaskFiles, SomeMasked, masked_splits, pair_up
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.options import data_folder, quoted, spread
 from diffkd.pictures.tables import is_colour, read_table
@@ -80,7 +81,7 @@ def _splits(
     pair: Callable[[Path, Path], MaskFiles],
     test_folder: str | None,
     val_fraction: float,
-) -> tuple[MaskFiles, MaskFiles, tuple[str, ...]]:
+) -> tuple[Masked, Masked, tuple[str, ...]]:
     """Training and test pairs, and a note where there was a choice."""
     pictures, masks = (_needed(folder / kind, kind) for kind in kinds)
     if not (pictures / "train").is_dir():
@@ -89,7 +90,7 @@ def _splits(
         whole = pair(pictures, masks)
         kept, held = hold_out(len(whole), val_fraction)
         note = f"no test split in '{pictures}': {len(held)} of its {len(whole)} pictures held out as one"
-        return whole.part(kept), whole.part(held), (note,)
+        return SomeMasked(whole, kept), SomeMasked(whole, held), (note,)
     found = [name for name in _TEST_NAMES if (pictures / name).is_dir()]
     if not found and test_folder is None:
         raise UserError(f"'{pictures}' has a folder 'train' but none of {quoted(_TEST_NAMES, 4)}")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from diffkd.errors import UserError, nearest
 from diffkd.names import check_kind, is_path, load_object, load_submodule, submodules
 
+PART_WEIGHTS = ("encoder_weights", "backbone_weights")  # options that name a file, or published weights
+
 
 @dataclass(frozen=True)
 class Wants:
@@ -59,6 +61,17 @@ def build(
     if options and not _open_ended(source.build):
         _check_options(name, source.build, options)
     return source.build(model, **{**known, **options})  # type: ignore[no-any-return]
+
+
+def without_start(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's options but for those that say which weights a part of it starts from.
+
+    What they name need not be there where all the weights are loaded afterwards.
+
+    >>> without_start({"encoder_weights": "a.pth", "decoder_channels": 64})
+    {'decoder_channels': 64}
+    """
+    return {key: value for key, value in options.items() if key not in PART_WEIGHTS}
 
 
 def wants(name: str, weights: str | None) -> Wants:

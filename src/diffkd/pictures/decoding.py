@@ -20,6 +20,7 @@ ENDINGS = (
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", TiffImageFile.format, WebPImageFile.format)
 MAX_PIXELS = 178_956_970  # Pillow's own limit
 _MOST_SAMPLES, _LARGEST = 281, 65535  # TIFF's tag MaxSampleValue
+_ORIENTATION = 0x0112  # EXIF's tag
 
 
 def decode(
@@ -53,7 +54,7 @@ def decode(
             _shrink(found, at_least, max_pixels)
             return _as_rgb(found, levels)
     except Exception as error:  # damaged files raise nearly anything, even SyntaxError
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
 @contextmanager
@@ -153,12 +154,48 @@ def header(picture: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
         with _open(picture if isinstance(picture, Path) else BytesIO(picture)) as found:
             return found.height, found.width
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> UserError:
+def upright_size(place: Path) -> tuple[int, int]:
+    """`(H, W)` of a picture's file, upright as its EXIF orientation says, from its first bytes.
+
+    Raises:
+        UserError: it is no picture.
+    """
+    try:
+        _check_regular(place)
+        with _open(place) as found:
+            lies = found.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (found.width, found.height) if lies else (found.height, found.width)
+    except Exception as error:
+        raise unreadable(str(place), error) from error
+
+
+def loses(picture: Image.Image, place: Path) -> str | None:
+    """What an opened picture is where its values are not exactly those that were saved; else None."""
+    if picture.format == "JPEG":
+        return "JPEG"
+    if picture.format == TiffImageFile.format and "jpeg" in str(picture.info.get("compression")):
+        return "TIFF with JPEG inside"
+    return "lossy WebP" if picture.format == WebPImageFile.format and _lossy_webp(place) else None
+
+
+def _lossy_webp(place: Path) -> bool:
+    """Whether a WebP file's pixels are in a chunk of the lossy kind."""
+    content, start = place.read_bytes(), 12
+    while start + 8 <= len(content):
+        if content[start : start + 4] == b"VP8 ":
+            return True
+        length = int.from_bytes(content[start + 4 : start + 8], "little")
+        start += 8 + length + length % 2
+    return False
+
+
+def unreadable(name: str, error: Exception, what: str = "picture") -> UserError:
+    """The error that names a file that cannot be read, and why."""
     reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
-    return UserError(f"cannot read picture '{name}': {reason.partition(chr(10))[0]}")
+    return UserError(f"cannot read {what} '{name}': {reason.partition(chr(10))[0]}")
 
 
 def deep_values(picture: Path | bytes | Image.Image) -> tuple[int, int] | None:

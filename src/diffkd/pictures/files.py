@@ -1,10 +1,10 @@
 """Picture files: where they are, read one by one, unreadable ones named and skipped or left out."""
 
-import filecmp
 import os
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffkd.errors import UserError
-from diffkd.pictures.decoding import ENDINGS as ENDINGS
-from diffkd.pictures.decoding import MAX_PIXELS, deep_values, header
-from diffkd.pictures.decoding import decode as decode
+from diffkd.pictures.decoding import MAX_PIXELS, decode, deep_values, header
 from diffkd.pictures.memory import hold_out
+from diffkd.pictures.twins import evenly, shared_pictures
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -195,7 +194,7 @@ class Pictures:
             limit: so many are looked at, evenly spread.
         """
         found = []
-        for place in _spread(len(self), limit):
+        for place in evenly(len(self), limit):
             try:
                 name, picture = self.picture(place)
                 header(picture, name)
@@ -223,10 +222,10 @@ def find_levels(source: Source, limit: int = 2000) -> tuple[int, int] | None:
         source: the pictures.
         limit: so many are read, evenly spread; a few tell whether there are 16-bit ones at all.
     """
-    few = [value for place in _spread(len(source), 8) if (value := _deep(source, place))]
+    few = [value for place in evenly(len(source), 8) if (value := _deep(source, place))]
     if not few:
         return None
-    found = few + [value for place in _spread(len(source), limit) if (value := _deep(source, place))]
+    found = few + [value for place in evenly(len(source), limit) if (value := _deep(source, place))]
     low, high = min(v[0] for v in found), max(v[1] for v in found)
     return None if high - low >= 2**15 or low == high else (low, high)
 
@@ -234,7 +233,7 @@ def find_levels(source: Source, limit: int = 2000) -> tuple[int, int] | None:
 def one_size(source: Source, limit: int = 32) -> tuple[int, int] | None:
     """Height and width that pictures have in common, of so many evenly spread; None where they differ."""
     sizes = set()
-    for place in _spread(len(source), limit):
+    for place in evenly(len(source), limit):
         try:
             name, picture, _ = source[place]
             sizes.add(header(picture, name))
@@ -243,35 +242,16 @@ def one_size(source: Source, limit: int = 32) -> tuple[int, int] | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def shared_pictures(train: Source, test: Source, limits: tuple[int, int] = (5000, 1000)) -> tuple[str, ...]:
-    """A note where files to train on and to test on are the same, byte by byte, whatever their names.
-
-    Args:
-        train: files, or parts of them; of others nothing is said.
-        test: likewise.
-        limits: so many of each split are looked at, evenly spread.
-    """
-    by_size: dict[int, list[Path]] = {}
-    for path, size in _sizes(train, limits[0]):
-        by_size.setdefault(size, []).append(path)
-    looked, pairs = 0, []
-    for path, size in _sizes(test, limits[1]):
-        looked += 1
-        twin = next((other for other in by_size.get(size, [])[:8] if filecmp.cmp(path, other, False)), None)
-        if twin is not None:
-            pairs.append((path, twin))
-    if not pairs:
+def shared_files(train: Source, test: Source) -> tuple[str, ...]:
+    """A note where files to train on and to test on are the same; nothing of what is no file."""
+    if not all(isinstance(source, Files | Part) for source in (train, test)):
         return ()
-    what = f"{len(pairs)} of {looked} test pictures looked at are training pictures too"
-    return (f"{what}, such as '{pairs[0][0]}' and '{pairs[0][1]}'",)
+    return shared_pictures(*((len(source), partial(_file, source)) for source in (train, test)))
 
 
-def _sizes(source: Source, limit: int) -> Iterator[tuple[Path, int]]:
-    """Some of the source's files and their sizes in bytes."""
-    for place in _spread(len(source), limit) if isinstance(source, Files | Part) else ():
-        picture = source[place].picture
-        if isinstance(picture, Path) and picture.is_file():
-            yield picture, picture.stat().st_size
+def _file(source: Source, place: int) -> Path:
+    picture = source[place].picture
+    return picture if isinstance(picture, Path) else Path()
 
 
 def _deep(source: Source, place: int) -> tuple[int, int] | None:
@@ -279,7 +259,3 @@ def _deep(source: Source, place: int) -> tuple[int, int] | None:
         return deep_values(source[place].picture)
     except UserError:
         return None
-
-
-def _spread(count: int, limit: int) -> list[int]:
-    return sorted({int(place) for place in np.linspace(0, count - 1, min(count, limit))})

@@ -3,44 +3,29 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
-from diffkd.pictures.files import ENDINGS, IMAGENET_MEAN, IMAGENET_STD, decode
-from diffkd.pictures.joint import JointOptions, size_of
+from diffkd.pictures.count import Count, Masked, count
+from diffkd.pictures.decoding import decode, loses, opened, unreadable
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.pictures.joint import VOID, JointOptions, size_of
 from diffkd.pictures.options import quoted
+from diffkd.pictures.scan import Scan
 from diffkd.pictures.tables import ClassTable, Counts, colour_code, settle
+from diffkd.pictures.twins import shared_pictures
 
 _LARGEST_CROP = 512  # pixels of a training view's side where nobody says another
-_SMALL = 1 << 16  # codes below are counted by bincount
-
-
-class Masked(Protocol):
-    """Pictures and the codes of their masks."""
-
-    def __len__(self) -> int: ...
-
-    def picture(self, index: int) -> Path:
-        """The picture's file."""
-        ...
-
-    def place(self, index: int) -> str:
-        """What an error calls the mask."""
-        ...
-
-    def codes(self, index: int) -> np.ndarray:
-        """What the mask holds, `(H, W)` int64: see `ClassTable`."""
-        ...
 
 
 class MaskFiles:
@@ -50,10 +35,18 @@ class MaskFiles:
         pictures: picture files.
         masks: mask files, one a picture, in the same order.
         coloured: the masks' colours tell the classes.
+        notes: what the folders hold besides, one line each.
     """
 
-    def __init__(self, pictures: Sequence[Path], masks: Sequence[Path], coloured: bool = False) -> None:
-        self.coloured = coloured
+    def __init__(
+        self,
+        pictures: Sequence[Path],
+        masks: Sequence[Path],
+        coloured: bool = False,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.notes = notes
+        self.coloured, self.reads = coloured, "colours" if coloured else "values"
         # one block of bytes each: loader processes would copy a list of objects page by page
         self._pictures, self._masks = (
             np.array([os.fsencode(path) for path in paths], dtype=np.bytes_) for paths in (pictures, masks)
@@ -70,22 +63,21 @@ class MaskFiles:
         """The mask's file."""
         return os.fsdecode(bytes(self._masks[index]))
 
+    def file(self, index: int) -> Path:
+        """The mask's file."""
+        return Path(self.place(index))
+
     def codes(self, index: int) -> np.ndarray:
         """What the mask's file holds."""
-        return read_mask(Path(self.place(index)), self.coloured)
-
-    def part(self, places: np.ndarray) -> "MaskFiles":
-        """The pictures at some places."""
-        found = [int(i) for i in places]
-        masks = [Path(self.place(i)) for i in found]
-        return MaskFiles([self.picture(i) for i in found], masks, self.coloured)
+        return read_mask(self.file(index), self.coloured)
 
 
-class _SomeMasked:
+class SomeMasked:
     """The pictures and masks of others at some places `(N,)`."""
 
     def __init__(self, source: Masked, places: np.ndarray) -> None:
         self.source, self.places = source, places
+        self.reads, self.notes = source.reads, source.notes
 
     def __len__(self) -> int:
         return len(self.places)
@@ -97,6 +89,10 @@ class _SomeMasked:
     def place(self, index: int) -> str:
         """What an error calls the mask."""
         return self.source.place(int(self.places[index]))
+
+    def file(self, index: int) -> Path:
+        """The file that holds the mask."""
+        return self.source.file(int(self.places[index]))
 
     def codes(self, index: int) -> np.ndarray:
         """What the mask holds."""
@@ -112,17 +108,20 @@ def read_mask(place: Path, coloured: bool = False) -> np.ndarray:
             of its palette. A colour picture has values where red, green and blue are alike everywhere.
 
     Raises:
-        UserError: it cannot be read, is a JPEG (which invents colours), or holds fractions.
+        UserError: it cannot be read, is lossy as JPEGs are (which invents colours), or holds fractions.
     """
     try:
-        with Image.open(place) as opened:
-            kind, mode = opened.format, opened.mode
+        with opened(place) as found:
+            lossy, mode = loses(found, place), found.mode
+            found = ImageOps.exif_transpose(found)
             many = coloured or mode in ("RGBA", "PA", "CMYK")
-            values = np.asarray(opened.convert("RGB") if many else opened)
+            values = np.asarray(found.convert("RGB") if many else found)
     except Exception as error:  # damaged files raise nearly anything
-        raise UserError(f"cannot read mask '{place}': {str(error).partition(chr(10))[0]}") from error
-    if kind == "JPEG":
-        raise UserError(f"mask '{place}' is a JPEG, which invents colours at every edge; save masks as PNG")
+        raise unreadable(str(place), error, "mask") from error
+    if lossy is not None:
+        raise UserError(
+            f"mask '{place}' is a {lossy}, which invents colours at every edge; save masks as PNG"
+        )
     if values.dtype.kind == "f":
         raise UserError(f"mask '{place}' holds fractions; save it with 8 or 16 bits")
     values = values.astype(np.int64)
@@ -146,9 +145,12 @@ def pair_up(pictures: Path, masks: Path, suffix: str = "", coloured: bool = Fals
     Raises:
         UserError: one is missing, or stands for two.
     """
-    ours, theirs = _by_name(pictures), _by_name(masks)
+    scans = Scan(pictures), Scan(masks)
+    ours, theirs = map(_by_name, scans)
+    notes = tuple(note for scan in scans for note in scan.notes())
+    beside = "".join(f" ({note})" for note in notes)
     if not ours:
-        raise UserError(f"no pictures in '{pictures}'")
+        raise UserError(f"no pictures in '{pictures}'{beside}")
     lonely = [path for name, path in ours.items() if name + suffix not in theirs]
     if len(lonely) == len(ours) and theirs:
         raise UserError(
@@ -156,64 +158,24 @@ def pair_up(pictures: Path, masks: Path, suffix: str = "", coloured: bool = Fals
             "data.mask_suffix=TEXT says what masks' names end with"
         )
     if lonely:
-        raise UserError(f"no mask in '{masks}' for {quoted([str(path) for path in lonely])}")
+        raise UserError(f"no mask in '{masks}' for {quoted([str(path) for path in lonely])}{beside}")
     spare = [path for name, path in theirs.items() if name.removesuffix(suffix) not in ours]
     if spare:
-        raise UserError(f"no picture in '{pictures}' for the mask {quoted([str(path) for path in spare])}")
-    return MaskFiles(list(ours.values()), [theirs[name + suffix] for name in ours], coloured)
+        shown = quoted([str(path) for path in spare])
+        raise UserError(f"no picture in '{pictures}' for the mask {shown}{beside}")
+    return MaskFiles(list(ours.values()), [theirs[name + suffix] for name in ours], coloured, notes)
 
 
-def _by_name(folder: Path) -> dict[str, Path]:
+def _by_name(scan: Scan) -> dict[str, Path]:
     """Picture files beneath a folder by their paths without ending, in order."""
     found: dict[str, Path] = {}
-    for place in sorted(folder.rglob("*")):
-        hidden = any(part[0] == "." for part in place.relative_to(folder).parts)
-        if hidden or place.suffix.lower() not in ENDINGS:
-            continue
-        name = place.relative_to(folder).with_suffix("").as_posix()
+    for path in sorted(map(Path, scan.pictures())):
+        # file systems and archives write an accent as its own letter or not
+        name, place = normalize("NFC", path.with_suffix("").as_posix()), scan.folder / path
         if name in found:
             raise UserError(f"'{found[name]}' and '{place}' have one name: which is meant?")
         found[name] = place
     return found
-
-
-def scan(source: Masked) -> list[tuple[Counts, tuple[int, int]]]:
-    """Pixels by code of every mask, and its `(H, W)`; compared with the size of its picture.
-
-    Raises:
-        UserError: a mask cannot be read, or its size is not its picture's.
-    """
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda index: _scan_one(source, index), range(len(source))))
-
-
-def _scan_one(source: Masked, index: int) -> tuple[Counts, tuple[int, int]]:
-    codes = source.codes(index)
-    picture, size = source.picture(index), (codes.shape[0], codes.shape[1])
-    if (found := upright_size(picture)) != size:
-        ours, theirs = (f"{height}x{width}" for height, width in (found, size))
-        raise UserError(f"'{picture}' has {ours} pixels, its mask '{source.place(index)}' {theirs}")
-    if codes.max(initial=0) < _SMALL:
-        numbers = np.bincount(codes.ravel())
-        present = np.flatnonzero(numbers)
-        return dict(zip(present.tolist(), numbers[present].tolist(), strict=True)), size
-    values, numbers = np.unique(codes, return_counts=True)
-    return dict(zip(values.tolist(), numbers.tolist(), strict=True)), size
-
-
-def upright_size(place: Path) -> tuple[int, int]:
-    """`(H, W)` of a picture's file, upright as its EXIF orientation says, from its first bytes.
-
-    Raises:
-        UserError: it is no picture.
-    """
-    try:
-        with Image.open(place) as opened:
-            width, height = opened.size
-            lies = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception as error:
-        raise UserError(f"cannot read picture '{place}': {str(error).partition(chr(10))[0]}") from error
-    return (width, height) if lies else (height, width)
 
 
 class MaskedPictures:
@@ -233,7 +195,7 @@ class MaskedPictures:
 
     def part(self, places: np.ndarray, *, training: bool) -> "MaskedPictures":
         """The pictures at some places `(n,)`, changed as these are or whole."""
-        return MaskedPictures(_SomeMasked(self.source, places), self.table, self.view if training else None)
+        return MaskedPictures(SomeMasked(self.source, places), self.table, self.view if training else None)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One sample.
@@ -287,17 +249,19 @@ def masked_splits(
     Raises:
         UserError: a file is damaged, sizes differ, or a mask holds a code that means nothing.
     """
-    scans = [scan(source) for source in (train, test)]
+    counted = [count(source) for source in (train, test)]
     places = [source.place(i) for source in (train, test) for i in range(len(source))]
-    counts = [found for scanned in scans for found, _ in scanned]
+    counts = [found.pixels for split in counted for found in split]
     table, notes = settle(names, codes, counts, places, ignore)
-    sums = [sum((Counter(found) for found, _ in scanned), Counter[int]()) for scanned in scans]
-    height, width = Counter(size for _, size in scans[0]).most_common(1)[0][0]
+    sums = [_summed(split) for split in counted]
+    _check_content(table, *sums)
+    height, width = Counter(found.size for found in counted[0]).most_common(1)[0][0]
     size = min(height, _LARGEST_CROP), min(width, _LARGEST_CROP)
     if options.crop_size is not None:
         size = size_of(options.crop_size, "data.crop_size")
-    notes = (*notes, table.told(sums[0]), *_sparse(table, *sums))
+    notes = (*dict.fromkeys((*train.notes, *test.notes)), *notes, table.told(sums[0]), *_sparse(table, *sums))
     notes += (f"training views of {size[0]}x{size[1]} out of pictures of {height}x{width}, as most are",)
+    notes += shared_pictures(*((len(source), source.picture) for source in (train, test)))
     return {
         "train": MaskedPictures(train, table, options.view(size)),
         "test": MaskedPictures(test, table),
@@ -309,6 +273,28 @@ def masked_splits(
         "collate": stack_or_list,
         "notes": notes,
     }
+
+
+def _summed(counts: Sequence[Count]) -> Counts:
+    """Pixels by code of all masks."""
+    total: dict[int, int] = {}
+    for found in counts:
+        for code, pixels in found.pixels.items():
+            total[code] = total.get(code, 0) + pixels
+    return total
+
+
+def _check_content(table: ClassTable, train: Counts, test: Counts) -> None:
+    """Refuses masks that nothing can be learnt from, or measured on."""
+    for what, found in (("training", train), ("test", test)):
+        classes = {table.codes[code] for code, pixels in found.items() if pixels} - {VOID}
+        if not classes:
+            raise UserError(f"every pixel of the {what} masks is void: {table.told(found, what)}")
+        if len(classes) == 1 and what == "training":
+            raise UserError(
+                f"the training masks show '{table.names[classes.pop()]}' alone: there is nothing to tell "
+                f"apart; {table.told(found)}; data.classes says what values mean"
+            )
 
 
 def _sparse(table: ClassTable, train: Counts, test: Counts) -> list[str]:

@@ -12,6 +12,7 @@ from diffkd.pictures.options import quoted
 
 _VOID_NAMES = ("void", "ignore")
 _MOST = 255  # classes, for 255 is void
+_MOST_GAPS = 8  # values without a pixel that may be classes, where there are not more that have some
 _RGB = 1 << 24  # added to a colour's code, so that it is not taken for a grey value
 
 Counts = Mapping[int, int]  # pixels by code
@@ -42,8 +43,8 @@ class ClassTable:
         places = np.searchsorted(known, codes).clip(max=len(known) - 1)
         return np.where(known[places] == codes, classes[places], VOID).astype(np.uint8)
 
-    def told(self, pixels: Counts) -> str:
-        """Which code got which name, and each class's share of some pixels, in words."""
+    def told(self, pixels: Counts, what: str = "training") -> str:
+        """Which code got which name, and each class's share of the pixels of a split, in words."""
         total = max(sum(pixels.values()), 1)
         parts = []
         for label, name in [*enumerate(self.names), (VOID, "void")]:
@@ -51,8 +52,17 @@ class ClassTable:
             share = sum(pixels.get(code, 0) for code in codes) / total
             codes = [code for code in codes if code in pixels] or codes[:1]  # a few of many that are void
             if codes:
-                parts.append(f"{'/'.join(map(code_name, codes))} = {name} {100 * share:.2g} %")
-        return "mask values and their share of the training pixels: " + ", ".join(parts)
+                parts.append(f"{'/'.join(map(code_name, codes))} = {name} {_percent(share)}")
+        return f"mask values and their share of the {what} pixels: " + ", ".join(parts)
+
+
+def _percent(share: float) -> str:
+    """A share in two digits, or as a whole number.
+
+    >>> _percent(1.0), _percent(0.997), _percent(0.0033)
+    ('100 %', '99.7 %', '0.33 %')
+    """
+    return f"{100 * share:.3g} %" if share > 0.1 else f"{100 * share:.2g} %"
 
 
 def colour_code(red: int, green: int, blue: int) -> int:
@@ -149,10 +159,7 @@ def settle(
     if names is not None and len(names) < 2:
         raise UserError(f"data.classes names {len(names)} class(es), segmentation needs 2 at least")
     if names is None:
-        names = _counted(present, ignore, places, found)
-        gaps = [str(value) for value in range(len(names)) if value not in present]
-        notes = (f"no class names: values 0 to {len(names) - 1} are the classes",)
-        notes += (f"no mask holds the value {', '.join(gaps)}",) if gaps else ()
+        names, codes, notes = _counted(present, ignore, places, found)
     if len(names) > _MOST:
         raise UserError(f"{len(names)} classes: masks can tell {_MOST} at most")
     if codes is None:
@@ -162,16 +169,26 @@ def settle(
             notes += (f"binary masks: 0 is '{names[0]}', 255 is '{names[1]}', nothing is void",)
     if ignore is not None:
         if codes.get(ignore, VOID) != VOID:
-            notes += (f"the value {ignore} is the class '{names[codes[ignore]]}', not void",)
+            notes += (_claimed(ignore, names[codes[ignore]]),)
         codes = {ignore: VOID, **codes}
     _check_codes(names, codes, found, places)
     return ClassTable(tuple(names), codes), notes
 
 
+def _claimed(ignore: int, name: str) -> str:
+    """A note that a class has the usual value of void; another was said to be void by somebody."""
+    if ignore != VOID:
+        raise UserError(
+            f"data.ignore_index={ignore} is the value of the class '{name}' too; data.classes=FILE of "
+            "'value name' lines says which values the classes have"
+        )
+    return f"the value {ignore} is the class '{name}', not void"
+
+
 def _counted(
     present: set[int], ignore: int | None, places: Sequence[str], found: Sequence[Counts]
-) -> tuple[str, ...]:
-    """Names of the classes where nobody says any: their values."""
+) -> tuple[tuple[str, ...], dict[int, int], tuple[str, ...]]:
+    """Classes where nobody names any, the values: their names, codes, and what is to be said."""
     colours = sorted(code for code in present if is_colour(code))
     if colours:
         where = next(place for place, counts in zip(places, found, strict=True) if colours[0] in counts)
@@ -187,24 +204,35 @@ def _counted(
             else "masks hold the value 0 alone: there is nothing to tell apart"
         )
     highest = max((code for code in present if code != ignore), default=0)
-    if highest >= _MOST:
+    values = [value for value in range(min(highest, _MOST) + 1) if value != ignore]
+    gaps = [str(value) for value in values if value not in present]
+    if highest >= _MOST or len(gaps) > max(_MOST_GAPS, len(values) - len(gaps)):
+        some = quoted([str(value) for value in sorted(present - {ignore})], 6)
         raise UserError(
-            f"masks hold values up to {highest}: data.classes=FILE says what they mean, "
-            "one 'value name' a line"
+            f"masks hold values up to {highest} with gaps ({some}): data.classes=FILE says what they mean, "
+            "one 'value name' a line; data.ignore_index=VALUE which of them is void"
         )
-    return tuple(str(value) for value in range(highest + 1))
+    told = f"no class names: values 0 to {highest} are the classes" + f", but for {ignore}" * (
+        ignore is not None and ignore < highest
+    )
+    notes = (told,) + ((f"no mask holds the value {', '.join(gaps)}",) if gaps else ())
+    return tuple(map(str, values)), {value: i for i, value in enumerate(values)}, notes
 
 
 def _check_codes(
     names: Sequence[str], codes: Mapping[int, int], found: Sequence[Counts], places: Sequence[str]
 ) -> None:
     """Refuses the first mask with a code that means nothing."""
+    present = {code for counts in found for code in counts}
+    two = codes == {0: 0, 1: 1, 255: VOID} and {0, 255} <= present and 1 not in present
+    binary = "; masks of 0 and 255 must hold no other value, as resized ones do" * two
     for place, counts in zip(places, found, strict=True):
         for code, pixels in counts.items():
             if code in codes:
                 continue
             coloured = is_colour(code)
-            known = quoted([code_name(c) for c in codes if is_colour(c) == coloured])
+            classes = [c for c, label in codes.items() if label != VOID and is_colour(c) == coloured]
+            known = quoted([code_name(c) for c in classes])
             if coloured and not known:
                 raise UserError(
                     f"mask '{place}' is coloured ({code_name(code)} in {pixels} pixels), but the classes "
@@ -214,5 +242,5 @@ def _check_codes(
             raise UserError(
                 f"mask '{place}' holds the {what} {code_name(code)} in {pixels} pixels, which is none of the "
                 f"{len(names)} classes ({known or 'all of them colours'}) and not void; data.classes=FILE "
-                f"says what {what}s mean, data.ignore_index=VALUE which is void"
+                f"says what {what}s mean, data.ignore_index=VALUE which is void" + binary
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from diffkd.errors import UserError
-from diffkd.runs.places import cache_folder
+from diffkd.pictures.kept import cache_folder
 
 _UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 

@@ -94,9 +94,11 @@ class _Content:
         elif hasattr(value, "source"):
             self._take(getattr(value, "places", None), self.pictures, 0)
             self._take(value.source, self.pictures, 0)
-        elif callable(getattr(value, "picture", None)) and callable(getattr(value, "place", None)):
-            for find, into in ((value.picture, self.pictures), (value.place, self.labels)):
-                into.update(self.files.digest("", [str(find(i)) for i in range(len(value))]).encode())
+            self._take(getattr(getattr(value, "table", None), "codes", None), self.labels, 0)
+        elif callable(getattr(value, "picture", None)) and callable(getattr(value, "file", None)):
+            for find, into in ((value.picture, self.pictures), (value.file, self.labels)):
+                files = dict.fromkeys(str(find(i)) for i in range(len(value)))
+                into.update(self.files.digest("", list(files)).encode())
         elif isinstance(getattr(value, "folder", None), Path) and len(value):
             listed = isinstance(getattr(value, "paths", None), np.ndarray)
             names = [os.fsdecode(bytes(p)) for p in value.paths] if listed else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import diffkd
+from diffkd.models.base import PART_WEIGHTS
 from diffkd.models.weights import is_local, weights_file
 from diffkd.names import is_path, sources_of
 from diffkd.recipe.schema import ModelRecipe, Recipe
@@ -88,9 +89,10 @@ def _determining(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json", exclude=_INDIFFERENT)
     content["task"]["weight"] = recipe.task_weight
     for name in ("student", "teacher"):
-        section = content.get(name)
-        if section and section.get("weights") is not None and is_local(section["weights"]):
-            section["weights"] = "a file"
+        model = getattr(recipe, name)
+        for key in _weights_files(model) if model is not None else ():
+            place = content[name] if key == "weights" else content[name]["options"]
+            place[key] = "a file"
     return content
 
 
@@ -102,8 +104,15 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, ModelRecipe]]:
 
 def _weights(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, model in _models(recipe):
-        if model.weights is not None and is_local(model.weights):
-            yield f"{name}.weights", file_digest(weights_file(model.weights))
+        for key, place in _weights_files(model).items():
+            yield f"{name}.{key}", file_digest(weights_file(place))
+
+
+def _weights_files(model: ModelRecipe) -> dict[str, str]:
+    """Files of weights that a model starts from, by their keys: of the whole, or of a part (an option)."""
+    parts = {key: model.options.get(key) for key in PART_WEIGHTS}
+    named = {"weights": model.weights, **parts}
+    return {key: place for key, place in named.items() if isinstance(place, str) and is_local(place)}
 
 
 def _code(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -4,8 +4,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
-
 from diffkd.errors import UserError
 from diffkd.recipe.schema import Recipe, load
 from diffkd.runs.disk import free_space
@@ -13,11 +11,6 @@ from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import Identity, changed, difference
 
 CACHE_ROOM = 200 * 2**20  # bytes that must be free before a teacher is trained into the cache
-
-
-def cache_folder() -> Path:
-    """Where trained teachers are kept: `$DIFFKD_CACHE`, or the user's cache folder."""
-    return Path(os.environ.get("DIFFKD_CACHE") or platformdirs.user_cache_dir("diffkd"))
 
 
 def check_cache(place: Path) -> None:

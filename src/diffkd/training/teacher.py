@@ -14,13 +14,14 @@ from lightning.fabric import Fabric
 
 from diffkd.assembly import Parts
 from diffkd.errors import UserError
+from diffkd.pictures.kept import cache_folder
 from diffkd.recipe.schema import Recipe, load
 from diffkd.runs.console import Reporter
 from diffkd.runs.content import combined
 from diffkd.runs.disk import write_atomically
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import Identity, changed, difference, identify, short_name
-from diffkd.runs.places import cache_folder, check_cache, check_folder, check_identity
+from diffkd.runs.places import check_cache, check_folder, check_identity
 from diffkd.tasks.base import Figures
 from diffkd.training.devices import on_first
 from diffkd.training.interrupt import InterruptedRunError

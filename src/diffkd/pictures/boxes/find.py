@@ -10,7 +10,7 @@ import yaml
 from diffkd.errors import UserError
 from diffkd.pictures.boxes import coco, voc, yolo
 from diffkd.pictures.boxes.annotations import Annotated, existing
-from diffkd.pictures.files import ENDINGS
+from diffkd.pictures.decoding import ENDINGS
 from diffkd.pictures.options import quoted
 
 Format = Literal["auto", "coco", "voc", "yolo"]

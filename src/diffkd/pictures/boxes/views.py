@@ -15,10 +15,11 @@ from torchvision.transforms.v2 import functional as v2
 from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, decode
+from diffkd.pictures.decoding import decode
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures
 from diffkd.pictures.joint import RandomScale
 from diffkd.pictures.memory import hold_out
-from diffkd.pictures.options import quoted
+from diffkd.pictures.twins import shared_pictures
 from diffkd.pictures.view import TestView
 
 
@@ -257,25 +258,8 @@ def boxed(train: Annotated, test: Annotated, options: BoxOptions, notes: Sequenc
         "std": IMAGENET_STD,
         "class_names": train.classes,
         "collate": collate,
-        "notes": (*notes, *same_in_both(train, test)),
+        "notes": (*notes, *shared_pictures((len(train), train.place), (len(test), test.place))),
     }
-
-
-def same_in_both(train: Annotated, test: Annotated) -> tuple[str, ...]:
-    """A note where the same picture file is to train on and to test on, under whatever names."""
-    ours: dict[int, list[int]] = {}
-    for i in range(len(train)):
-        ours.setdefault(train.place(i).stat().st_size, []).append(i)
-    twice = []
-    for i in range(len(test)):
-        like = ours.get(test.place(i).stat().st_size, [])
-        content = test.place(i).read_bytes() if like else b""
-        same = next((j for j in like if train.place(j).read_bytes() == content), None)
-        if same is not None:
-            twice.append(f"{test.place(i).name} is {train.place(same).name}")
-    if not twice:
-        return ()
-    return (f"warning: {len(twice)} test pictures are training pictures too: {quoted(twice)}",)
 
 
 def held_out_boxes(source: Annotated, fraction: float) -> tuple[Annotated, Annotated, str]:

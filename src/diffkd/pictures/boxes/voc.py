@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated, Collected, check_absent, existing
-from diffkd.pictures.files import ENDINGS
+from diffkd.pictures.decoding import ENDINGS
 from diffkd.pictures.options import quoted
 
 _MAX_XML = 1 << 22  # bytes: larger ones are no annotations

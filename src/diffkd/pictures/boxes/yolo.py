@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated, Collected, existing
-from diffkd.pictures.files import ENDINGS
+from diffkd.pictures.decoding import ENDINGS
 
 
 def read(pictures: Path, labels: Path, classes: tuple[str, ...], names: set[str] | None = None) -> Annotated:
