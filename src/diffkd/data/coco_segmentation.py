@@ -61,7 +61,7 @@ class Annotated:
     """
 
     reads = "outlines"
-    notes = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, file: Path, pictures: Path) -> None:
         self.annotations, self.folder = file, pictures

@@ -246,7 +246,7 @@ def shared_files(train: Source, test: Source) -> tuple[str, ...]:
     """A note where files to train on and to test on are the same; nothing of what is no file."""
     if not all(isinstance(source, Files | Part) for source in (train, test)):
         return ()
-    return shared_pictures(*((len(source), partial(_file, source)) for source in (train, test)))
+    return shared_pictures((len(train), partial(_file, train)), (len(test), partial(_file, test)))
 
 
 def _file(source: Source, place: int) -> Path:

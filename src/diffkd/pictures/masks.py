@@ -261,7 +261,7 @@ def masked_splits(
         size = size_of(options.crop_size, "data.crop_size")
     notes = (*dict.fromkeys((*train.notes, *test.notes)), *notes, table.told(sums[0]), *_sparse(table, *sums))
     notes += (f"training views of {size[0]}x{size[1]} out of pictures of {height}x{width}, as most are",)
-    notes += shared_pictures(*((len(source), source.picture) for source in (train, test)))
+    notes += shared_pictures((len(train), train.picture), (len(test), test.picture))
     return {
         "train": MaskedPictures(train, table, options.view(size)),
         "test": MaskedPictures(test, table),
