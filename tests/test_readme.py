@@ -1,4 +1,4 @@
-"""What the README, the guide and the examples say is run."""
+"""What the README, the pages of the documentation and the examples say is run, or at least resolved."""
 
 import re
 import runpy
@@ -7,37 +7,87 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import typer
 from PIL import Image
 
 import box_files
+from diffkd.batch import Batch
+from diffkd.cli import app
+from diffkd.names import load_object
+from diffkd.recipe.schema import check_options, load
+from diffkd.report import clean, compare
+from diffkd.report.listing import listing
+from diffkd.report.settings import groups
+from diffkd.use.export import ExportOptions
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDE = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+PAGES = {place.name: place.read_text(encoding="utf-8") for place in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8"), **PAGES}
 
 
-def blocks(language):
-    """Contents of the fenced blocks of one language; "" is those without."""
-    parts = [
-        part for text in (README, GUIDE) for part in re.split(r"^```(.*)\n", text, flags=re.MULTILINE)[1:]
-    ]
+def blocks(language, page=None):
+    """Contents of the fenced blocks of one language, of one page or of all; "" is those without."""
+    texts = PAGES.values() if page is None else [PAGES[page]]
+    parts = [part for text in texts for part in re.split(r"^```(.*)\n", text, flags=re.MULTILINE)[1:]]
     return [body for kind, body in zip(parts[::4], parts[1::4], strict=True) if kind == language]
 
 
-def commands(language=""):
-    """Every diffkd command in the README's blocks of one kind."""
+def commands(language):
+    """The words of every diffkd command in the blocks of one kind, each command once."""
     lines = [line for block in blocks(language) for line in block.splitlines()]
-    found = [part.strip() for line in lines for part in line.split("&&")]
-    return [command for command in found if command.startswith("diffkd ")]
+    found = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    return list(dict.fromkeys(tuple(words[1:]) for words in found if words[:1] == ["diffkd"]))
 
 
-@pytest.mark.parametrize("block", blocks("python"))
-def test_python_blocks_run(block, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)])
+def test_python_blocks_run_one_after_the_other(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    names = {"__name__": "page"}
+    for block in blocks("python", page):
+        exec(compile(block, page, "exec"), names)
     losses = [float(v) for v in re.findall(r"diffusion loss ([\d.]+)", capsys.readouterr().out)]
-    assert ("diffusion loss" in block) == (len(losses) == 3)
+    assert len(losses) == 3 * ("diffusion loss" in PAGES[page] and page == "own-loop.md")
     assert losses == [] or losses[-1] < losses[0]
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with the files that the pages speak of."""
+    for word, name in (("def small", "my_models"), ("class MyLoss", "my_losses"), ("def stripes", "my_data")):
+        (block,) = [block for block in blocks("python") if word in block]
+        (tmp_path / f"{name}.py").write_text(block)
+    (task,) = [block for block in blocks("python") if "class Angle" in block]
+    (tmp_path / "my_tasks.py").write_text(task)
+    (tmp_path / "own.yaml").write_text(*blocks("yaml"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_every_command_is_one_that_there_is(own):
+    known = typer.main.get_command(app).commands
+    found = [words for kind in ("", "bash", "text") for words in commands(kind)]
+    assert len(found) >= 40
+    for name, *words in found:
+        known[name].make_context(name, list(words))
+        if name in ("distill", "train", "check"):
+            check_options(load(words[0], words[1:]))
+        elif name == "compare":
+            compare.Wanted.parse(words[0], words[1:])
+        elif name == "export":
+            ExportOptions.parse(words[1:])
+        elif name in ("settings", "list", "clean"):
+            kind = {"settings": groups, "list": listing, "clean": lambda *words: clean.Wanted.parse(words)}
+            assert kind[name](*words)
+
+
+def test_every_line_that_troubleshooting_knows_is_still_said():
+    texts = [place.read_text(encoding="utf-8") for place in (ROOT / "src").rglob("*.py")]
+    said = re.sub(r'"\n\s*f?"', "", "\n".join(texts))  # strings over several lines
+    heads = re.findall(r"^### (.*)$", PAGES["troubleshooting.md"], re.MULTILINE)
+    assert len(heads) > 25
+    assert [line for head in heads for line in re.findall("`([^`]+)`", head) if line not in said] == []
 
 
 # The first run of all is long: these are tests of the commands, not of their accuracy.
@@ -48,9 +98,9 @@ FEW_SCENES = ["data.train_scenes=128", "data.test_scenes=100"]
 def test_commands_run_in_their_order(diffkd, tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "pictures/noise.png")
-    assert len(commands()) >= 10
-    for command in dict.fromkeys(commands()):
-        words = ["seeds=1" if word == "seeds=3" else word for word in command.split()[1:]]
+    assert len(commands("")) >= 10
+    for command in commands(""):
+        words = ["seeds=1" if word == "seeds=3" else word for word in command]
         trains = words[0] in ("distill", "train", "compare")
         words += [*SHORT_RUNS, *FEW_SCENES] if trains else FEW_SCENES if words[0] == "check" else []
         words += ["teacher.train.epochs=1"] if words[0] in ("distill", "compare") else []
@@ -92,22 +142,29 @@ def test_commands_for_data_of_ones_own(diffkd, tmp_path):
         for i in range(8):
             pixels = random.integers(0, 3 if folder == "masks" else 256, (40, 40), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"street/{folder}/{i}.png")
-    found = [command for command in commands("text") if command.startswith("diffkd distill")]
-    assert len(found) == 8
-    for number, command in enumerate(dict.fromkeys(found)):
-        words = [LACKING.get(word, word) for word in shlex.split(command, comments=True)[1:]]
+    found = [command for command in commands("text") if command[0] == "distill"]
+    assert len(found) == 6
+    for number, command in enumerate(found):
+        words = [LACKING.get(word, word) for word in command]
         small = SMALL.get(words[1].partition("/")[0], [])
         status, _, err = diffkd(*words, *SHORT, *small, "data.batch_size=2", f"output=run{number}")
         assert status == 0, f"{command}\n{err}"
 
 
-def test_the_method_of_ones_own_is_compared(diffkd, tmp_path):
-    (block,) = [block for block in blocks("python") if "class MyLoss" in block]
-    (tmp_path / "my_losses.py").write_text(block)
+def test_method_data_and_model_of_ones_own_are_compared(diffkd, own):
     words = ["methods=none,my_losses:MyLoss", "seeds=1", "trainer.epochs=1", "teacher.train.epochs=1"]
+    words += ["data=my_data.py:stripes", "data.count=64", "student=my_models.py:small"]
     status, out, err = diffkd("compare", "digits", *words)
     assert status == 0, err
     assert "my_losses:MyLoss" in out
+
+
+def test_the_task_of_ones_own_learns_a_number(own):
+    task = load_object("my_tasks.py:Angle", "task")(None)
+    batch, metrics = Batch(None, torch.tensor([1, 3])), task.metrics()
+    assert task.loss(torch.zeros(2, 1), batch)["squares"] == 5
+    task.update(metrics, torch.zeros(2, 1), batch)
+    assert metrics.compute()["error"] == 2
 
 
 def test_the_recipe_of_ones_own_runs(diffkd, tmp_path):
@@ -132,6 +189,7 @@ def test_examples_run(place):
 
 
 def test_links_to_files_lead_somewhere():
-    for folder, text in ((ROOT, README), (ROOT / "docs", GUIDE)):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (folder / target).exists(), target
+    for page, text in PAGES.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+            assert (folder / target).exists(), f"{page}: {target}"

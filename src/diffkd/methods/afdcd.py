@@ -31,6 +31,9 @@ class AfDCD(Method):
     details. Patches of 4, 4 groups, tau 0.5 and the weights 1, 0.1 and 0.1 are chosen here: the paper's
     differ by data set.
 
+    Use it for segmentation where there are no label maps, or a second view of each picture is too
+    dear: the teacher's last map is all it needs.
+
     Args:
         setup: what the run taps.
         patch: P.

@@ -23,6 +23,9 @@ class AttentionTransfer(Method):
     over samples and positions. For CIFAR-100 p is 2 and the weight 1000. A map of a single position
     has the same attention whatever it holds: its loss is 0.
 
+    Use it where both models have maps of several resolutions: it trains nothing of its own and
+    costs next to nothing. Not for vectors.
+
     Args:
         setup: what the run taps.
         power: p, 1 or more.

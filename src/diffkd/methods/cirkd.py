@@ -34,6 +34,9 @@ class CIRKD(Method):
     logits; tau is 0.1. Its memory also holds single pixels, and 2000 regions of each class. Memory of a
     step grows with the square of the positions of a batch.
 
+    Use it for segmentation with label maps and several pictures a batch on each device, beside
+    `kd`.
+
     Args:
         setup: what the run taps; it needs the number of classes.
         pixel_weight: of `pixel`.

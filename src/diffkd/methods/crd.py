@@ -34,6 +34,8 @@ class CRD(Method):
     8 * N * width bytes, and each step a copy of them. Among several processes DDP hands on the first
     one's, which sees only its share of the samples: best trained on one device.
 
+    Use it for classification on one device, where vectors of all training samples fit into memory.
+
     Args:
         setup: what the run taps; it needs the data set's size, for the memories.
         width: of the vectors.

@@ -300,6 +300,18 @@ class DiffKD(nn.Module):
 class DiffKDMethod(Method):
     """DiffKD on every tapped pair: features by mean squared error, class scores by KL divergence.
 
+    Huang et al., NeurIPS 2023, arXiv 2305.15712. With F the student's feature, Z the teacher's as its
+    autoencoder encodes it (or as it is), eps noise, and e the denoiser, the losses are
+
+        diffusion = mean((eps - e(sqrt(a_t) Z + sqrt(1 - a_t) eps, t))^2), t drawn for each sample
+        kd = d(denoised(gamma F + (1 - gamma) eps), Z), d mse or KL, denoised by a few DDIM steps with e
+        reconstruction = mean((decoded(Z) - teacher)^2),
+
+    gamma learnt for each sample. What the default preset does otherwise is said in `DiffKD`.
+
+    Use it where the student is much smaller than the teacher, so that its features look like noisy ones
+    of the teacher's. It costs more a step than most others, and its path needs part of the run to learn.
+
     Args:
         setup: what the run taps.
         latent_channels: width of the autoencoder's space for features (ImageNet: 1024); None has none,

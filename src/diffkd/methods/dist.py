@@ -24,6 +24,9 @@ class DIST(Method):
     ImageNet the temperature is 1. Each position of a dense prediction is a sample of its own. With
     a single sample there is no intra-class relation, and its loss is a constant.
 
+    Use it where the teacher is much stronger than the student: it asks for the scores up to scale
+    and shift, not for their values. It goes well beside a method on features.
+
     Args:
         setup: what the run taps.
         beta: weight of the inter-class relation.

@@ -34,6 +34,9 @@ class DKD(Method):
     is the label's; of class probabilities the largest; the teacher's where there are no labels. Void
     pixels of label maps are left out; maps of another size than the scores are brought to theirs.
 
+    Use it for classification with labels where a sure teacher leaves plain `kd` little to say of
+    the other classes; `beta` wants to be tuned to the pair.
+
     Args:
         setup: what the run taps.
         alpha: weight of the target class's part.

@@ -32,6 +32,8 @@ class FGD(Method):
     picture that the model saw. The defaults are those of RetinaNet (two-stage detectors: 5e-5, 2.5e-5,
     5e-5, 5e-7; FCOS: 1.6e-3, 8e-4, 8e-4, 8e-6 at T 0.8), and 1 for the whole.
 
+    Use it for detection with boxes, where small objects would drown in the background.
+
     Args:
         setup: what the run taps.
         foreground: alpha.

@@ -14,6 +14,9 @@ class FitNet(Regression):
     The paper trains the hint in a stage of its own; here, as is usual since, it is one of the losses of
     the whole training. Its weight for CIFAR-100 is 100. Serves every task and kind of feature.
 
+    Use it as the plain baseline of methods on features: what does not beat it is not worth its
+    cost.
+
     Args:
         setup: what the run taps.
 

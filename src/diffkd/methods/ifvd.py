@@ -24,6 +24,8 @@ class IFVD(Method):
     over the positions that have a label. For semantic segmentation: it needs label maps, which are
     brought to the feature's size by the nearest label. Its weight is 200, beside KD on the logits.
 
+    Use it for segmentation with label maps, beside `kd`.
+
     Args:
         setup: what the run taps; it needs the number of classes.
 

@@ -20,6 +20,9 @@ class KD(Method):
 
     Serves classification, and class scores per position (segmentation), of which void ones are left out.
 
+    Use it first: it needs class scores alone, serves models of any kind, costs next to nothing, and
+    is what every other method is measured against.
+
     Args:
         setup: what the run taps.
         temperature: tau, which the scores are divided by.

@@ -25,6 +25,8 @@ class LD(Method):
     a head alone: tap its layer of box distributions. A head of plain distances, as FCOS and RetinaNet of
     torchvision have, has no distributions to distil.
 
+    Use it for detectors whose heads give boxes as distributions, beside a method on their pyramids.
+
     Args:
         setup: what the run taps.
         bins: of each side's distribution (GFL: 17).

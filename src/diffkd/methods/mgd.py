@@ -29,6 +29,9 @@ class MGD(Method):
     also leaves out channels rather than positions for classification, a share of 0.15; for detection
     and segmentation it leaves out positions, as the paper has it, a share of 0.45 to 0.75.
 
+    Use it where one method is to serve classification, segmentation and detection: it needs neither
+    labels nor class scores.
+
     Args:
         setup: what the run taps.
         mask_ratio: lambda, the share of positions that is left out, from 0 to below 1.

@@ -15,6 +15,8 @@ class Mimic(Regression):
     each resolution. The paper samples the regions of proposals; here, as is usual since one-stage
     detectors, every position counts. Its weight is 1.
 
+    Use it as the plain baseline on the levels of a detector's pyramid.
+
     Args:
         setup: what the run taps.
 

@@ -35,6 +35,9 @@ class MLKD(Method):
     loss and `instance` are taken of both (at the temperatures 2 and 6 of the weak one twice, without
     its mask), `batch` and `class` of the weak one alone. Here there is one view, the weak one's losses.
 
+    Use it for classification with large batches, for it compares their samples and classes with
+    each other. Not for class scores of every position.
+
     Args:
         setup: what the run taps.
         temperatures: tau, one after the other.

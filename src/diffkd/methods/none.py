@@ -11,6 +11,8 @@ from diffkd.methods.base import Method, Setup
 class NoDistillation(Method):
     """The baseline of every comparison.
 
+    Use it in every comparison: a method is worth what it adds to this.
+
     Args:
         setup: what the run taps; nothing of it is used.
     """

@@ -31,6 +31,9 @@ class OFA(Method):
     DeiT-T both eps are 1.5. The published heads shrink earlier stages by more layers; here each head
     is one depthwise-separable 3x3 convolution, global mean and a linear layer (for vectors, the last).
 
+    Use it where teacher and student are of different kinds (a transformer and a convolutional
+    network), whose features can hardly be compared.
+
     Args:
         setup: what the run taps.
         eps: exponent of the target's part, for the heads.

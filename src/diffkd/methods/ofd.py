@@ -31,6 +31,8 @@ class OFD(Method):
     there are none, as behind a ReLU; there T is the teacher's plain feature. To have what the paper has,
     tap layers in front of a ReLU.
 
+    Use it with convolutional networks whose maps can be tapped in front of a ReLU.
+
     Args:
         setup: what the run taps, in the order of the stages.
 

@@ -25,6 +25,9 @@ class PKD(Method):
     teachers for one-stage students: 10). Where the channels differ in number the student's pass a
     1x1 convolution first, which the paper does without.
 
+    Use it for detection, above all between detectors of different kinds, whose features differ in
+    scale.
+
     Args:
         setup: what the run taps.
 

@@ -23,6 +23,9 @@ class PKT(Method):
     The paper sums where its code takes the mean; the weight for CIFAR-100, 30000, goes with the mean.
     With a single sample the loss is 0.
 
+    Use it with large batches where the two features differ in width, and nothing is to be trained
+    along.
+
     Args:
         setup: what the run taps.
         eps: keeps the logarithm finite.

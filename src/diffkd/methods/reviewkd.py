@@ -31,6 +31,9 @@ class ReviewKD(Method):
     The paper's last stage is the pooled feature in front of the classifier. Where the teacher's map is
     the larger, it is averaged down, rather than the student's blown up.
 
+    Use it with convolutional networks that have maps of several resolutions; its fusion makes a
+    step dearer than that of most others.
+
     Args:
         setup: what the run taps, in the order of the stages.
         width: channels in which stages are fused; None takes the student's last, 512 at most.

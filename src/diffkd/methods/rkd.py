@@ -26,6 +26,9 @@ class RKD(Method):
     The weights for CIFAR-100 are the defaults, and 1 for the whole. The angles take memory of B^2 C and
     B^3 numbers. With a single sample both losses are 0.
 
+    Use it where it matters how samples lie to each other (retrieval), or beside a method on class
+    scores; the batch should not be very large.
+
     Args:
         setup: what the run taps.
         distance_weight: of the distances.

@@ -22,6 +22,8 @@ class SimKD(Method):
 
     The projector ends in a ReLU: tap the teacher after its activation, not before.
 
+    Use it where the student's last map is to come as near to the teacher's as it can.
+
     Args:
         setup: what the run taps.
         factor: by how much the projector's middle is narrower than the teacher's map.

@@ -25,6 +25,8 @@ class SKD(Method):
     paper's segmentation runs) and an adversarial part, which is left out here. The published code
     pools by half the map's size, a grid of 2 x 2, and takes maxima where the paper has means.
 
+    Use it for segmentation beside `kd`, as the paper has it.
+
     Args:
         setup: what the run taps.
         grid: cells along each side.

@@ -23,6 +23,9 @@ class SimilarityPreserving(Method):
     size, so neither model's is resized. The loss compares samples within a batch: with a single one
     there is nothing to learn.
 
+    Use it with large batches where the two features differ in width and size, and nothing is to be
+    trained along.
+
     Args:
         setup: what the run taps.
 

@@ -29,6 +29,9 @@ class VID(Method):
     over samples, channels and positions. It may fall below 0. For CIFAR-100 the variance starts at 5,
     and the weight is 1.
 
+    Use it where the student cannot follow all of the teacher's channels: it learns how much to ask
+    of each.
+
     Args:
         setup: what the run taps.
         initial_variance: v at the start.
