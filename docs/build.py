@@ -31,7 +31,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
-_MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+_MARK = re.compile(r"^<!-- generated: (\w+)(?: (\w+))? -->$", re.MULTILINE)
 _SIGHTS = {"none": "", "last": "the last feature map", "all": "a feature map of each resolution"}
 
 
@@ -47,7 +47,7 @@ def stage(folder: Path = STAGED) -> Path:
         text = place.read_text(encoding="utf-8")
         for source, name in OUTSIDE.items():
             text = text.replace(f"](../{source}", f"]({name}")
-        text = _MARK.sub(lambda mark: "\n\n".join(PARTS[mark[1]]()), text)
+        text = _MARK.sub(lambda mark: "\n\n".join(PARTS[mark[1]](*filter(None, [mark[2]]))), text)
         place.write_text(text, encoding="utf-8")
     return folder
 
@@ -74,7 +74,7 @@ def methods() -> Iterator[str]:
 
 
 def _method(name: str, kind: type[Method]) -> Iterator[str]:
-    title, paper = _title(kind)
+    title, _ = _title(kind)
     yield f"## {name}: {title} {{ #{name} }}" if name != "none" else f"## {name} {{ #{name} }}"
     text = re.split(r"\n(?:Args|Raises|Attributes|Example):\n|\n>>> ", inspect.getdoc(kind) or "")[0]
     summary, *rest = text.strip().split("\n\n")
@@ -84,7 +84,7 @@ def _method(name: str, kind: type[Method]) -> Iterator[str]:
             part = '!!! tip "When to use it"\n\n    ' + _linked(part).replace("\n", "\n    ")
         yield part if part.startswith("    ") else _linked(part)
     sees = f"Sees {_sees(kind)}. " if _sees(kind) else ""
-    yield f"{sees}{paper and _linked(paper) + '. '}Weight beside the labels: {kind.weight:g}."
+    yield f"{sees}Weight beside the labels: {kind.weight:g}."
     for group in groups(name):
         if "method." in group.title:
             yield _settings(group)
@@ -130,8 +130,12 @@ def _group(group: Group, title: str) -> Iterator[str]:
 
 
 def _settings(group: Group) -> str:
-    rows = [(f"`{s.key}`", s.kind, f"`{s.default}`" if s.default else "", s.said) for s in group.settings]
-    return table("key|type|default|what it does", [(*row[:3], _linked(row[3])) for row in rows])
+    """Two columns, for narrow screens."""
+    rows = []
+    for one in group.settings:
+        default = f" = `{one.default}`" if one.default else ""
+        rows.append((f"`{one.key}`<br>{one.kind}{default}", _linked(one.said)))
+    return table("key, type = default|what it does", rows)
 
 
 def recipes() -> Iterator[str]:
@@ -148,6 +152,11 @@ def api() -> Iterator[str]:
     for name in diffkd.__all__:
         if not name.startswith("_"):
             yield f"::: diffkd.{diffkd._HOMES[name]}.{name}"
+
+
+def example(name: str) -> Iterator[str]:
+    """A program of the folder `examples`."""
+    yield f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text(encoding='utf-8')}```"
 
 
 def notebook(place: Path) -> Iterator[str]:
@@ -168,7 +177,8 @@ def _output(output: dict[str, Any]) -> str:
     return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 
 
-PARTS: dict[str, Callable[[], Iterator[str]]] = {
+PARTS: dict[str, Callable[..., Iterator[str]]] = {
+    "example": example,
     "methods": methods,
     "settings": settings,
     "recipes": recipes,
@@ -176,9 +186,8 @@ PARTS: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
-def build(site: Path | None = None) -> None:
-    """Stages the pages and builds the site; a warning is an error."""
-    stage()
+def render(site: Path | None = None) -> None:
+    """Builds the site of the pages that `stage` has written; a warning is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     command += ["--config-file", str(ROOT / "mkdocs.yml"), *(["--site-dir", str(site)] if site else [])]
     # Without the variable a notice on the generator's own future stands in front of everything.
@@ -186,4 +195,5 @@ def build(site: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    build()
+    stage()
+    render()

@@ -66,9 +66,9 @@ def builder():
 
 
 @pytest.fixture(scope="module")
-def staged(builder, tmp_path_factory):
+def staged(builder):
     """The pages with what is generated in place."""
-    return builder.stage(tmp_path_factory.mktemp("docs") / "pages")
+    return builder.stage()
 
 
 def test_every_method_has_formula_paper_and_when_to_use_it(staged):
@@ -86,7 +86,7 @@ def test_every_method_has_formula_paper_and_when_to_use_it(staged):
 
 def test_settings_recipes_and_public_names_are_all_there(staged):
     settings = (staged / "settings.md").read_text(encoding="utf-8")
-    assert [s.key for group in groups() for s in group.settings if f"| `{s.key}` |" not in settings] == []
+    assert [s.key for group in groups() for s in group.settings if f"| `{s.key}`<br>" not in settings] == []
     assert [n for n in submodules("diffkd.data") if f"### data={n}\n" not in settings] == []
     recipes = (staged / "paper.md").read_text(encoding="utf-8")
     shown = [name for name in builtin() if not name.rpartition("/")[2].startswith("_")]
@@ -102,9 +102,9 @@ def test_settings_recipes_and_public_names_are_all_there(staged):
 
 
 @pytest.fixture(scope="module")
-def site(builder, tmp_path_factory):
+def site(builder, staged, tmp_path_factory):
     place = tmp_path_factory.mktemp("site") / "site"
-    builder.build(place)
+    builder.render(place)
     return place
 
 
