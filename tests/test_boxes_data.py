@@ -87,6 +87,12 @@ def test_corners_where_width_and_height_belong(tmp_path):
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "not four numbers"),
         (lambda c: c["annotations"][0].pop("bbox"), "not COCO instances with 'bbox'"),
         (lambda c: c.update(annotations=[]), "not one box to train on"),
+        (lambda c: c.update(annotations=[5]), "'annotations' holds 5, where records belong"),
+        (lambda c: c.update(images=["a.png"]), "'images' holds 'a.png', where records belong"),
+        (lambda c: c["images"][0].pop("id"), "a record with the id None"),
+        (lambda c: c["images"][0].update(width="wide"), "the record 100 has the width 'wide', no number"),
+        (lambda c: c["annotations"][0].update(image_id=[1]), "a record with the image_id [1]"),
+        (lambda c: c["annotations"][0].update(bbox=["a", 1, 2, 3]), "has the bbox 'a', no number"),
     ],
 )
 def test_files_that_do_not_fit_together(change, words, tmp_path):
@@ -98,7 +104,12 @@ def test_strays_and_doubles_are_counted(tmp_path):
         content["annotations"][0]["image_id"] = 9
         content["annotations"][1]["id"] = content["annotations"][2]["id"]
 
+        content["images"][5]["file_name"] = "4.png"
+        content["categories"].append({"id": 9, "name": "bright"})
+
     words = said(coco(tmp_path, change))
+    assert "1 pictures are listed more than once" in words
+    assert "several classes are called 'bright'" in words
     assert "1 boxes of pictures that it does not list left out" in words
     assert "1 annotations have the id of another" in words
 
@@ -127,6 +138,8 @@ def test_files_beside_the_instances_are_not_taken(tmp_path):
     box_files.coco(tmp_path, COUNTS)
     for name in ("person_keypoints_train.json", "captions_train.json", "panoptic_train.json"):
         (tmp_path / name).write_text('{"images": [], "annotations": [], "categories": []}')
+    (tmp_path / "train_text.json").write_text('{"images": [], "annotations": [{"caption": "a"}]}')
+    (tmp_path / "train_parts.json").write_text('{"annotations": [{"segments_info": [{"bbox": []}]}]}')
     data = build(str(tmp_path), size=64)
     assert "COCO JSON ('test.json', 'train.json')" in said(data)
 
@@ -218,13 +231,48 @@ def test_yolo_without_a_description(tmp_path):
         ("0 0.5 0.5 0.1", "a line is a class and centre"),
         ("cat 0.5 0.5 0.1 0.1", "is no class and numbers"),
         ("7 0.5 0.5 0.1 0.1", "class 7, but there are 2 class names"),
+        ("0.7 0.5 0.5 0.1 0.1", "is no class and numbers"),
+        ("inf 0.5 0.5 0.1 0.1", "is no class and numbers"),
+        ("-1 0.5 0.5 0.1 0.1", "class -1; classes count from 0"),
+        ("\xff\xfe", "cannot read labels"),
     ],
 )
 def test_lines_of_text_that_cannot_be(line, words, tmp_path):
     box_files.yolo(tmp_path, COUNTS)
-    (tmp_path / "labels/train/0.txt").write_text(line)
+    (tmp_path / "labels/train/0.txt").write_bytes(line.encode("latin-1"))
     with pytest.raises(UserError, match=words):
         build(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: images/train\nnames: {'0': a, 1: b}", None),
+        ("train: [images/train, images/test]\nnames: [a, b]", None),
+        ("train: list.txt\nnames: [a, b]", "1 of 2 pictures are not in"),
+        ("train: {a: b}\nnames: [a, b]", "train must be a folder, a file of paths, or a list of such"),
+        ("train: images/train\nnames: {0: a, 2: b}", "from 0 without gaps"),
+        ("train: images/train\nnames: ab", "names must be a list"),
+        ("train: images/train\nnames:", "names must be a list"),
+    ],
+)
+def test_descriptions_of_yolo(text, words, tmp_path):
+    box_files.yolo(tmp_path, COUNTS)
+    (tmp_path / "list.txt").write_text("images/train/0.png\nimages/train/gone.png\n")
+    (tmp_path / "data.yaml").write_text(f"path: ../datasets/cells\nval: images/test\n{text}\n")
+    if words is None:
+        data = build(str(tmp_path), size=64)
+        assert len(data.train) == (9 if "[images" in text else 6)
+        assert data.class_names == ("a", "b")
+        return
+    with pytest.raises(UserError, match=words):
+        build(str(tmp_path))
+
+
+def test_pictures_of_one_name_are_said(tmp_path):
+    box_files.voc(tmp_path, COUNTS)
+    (tmp_path / "JPEGImages/train1.jpg").write_bytes((tmp_path / "JPEGImages/train1.png").read_bytes())
+    assert "of one name, of which the last is taken: 'train1.jpg'" in said(build(str(tmp_path)))
 
 
 def test_nothing_there(tmp_path):

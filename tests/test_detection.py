@@ -67,10 +67,13 @@ def test_a_student_is_distilled_evaluated_and_resumed_bit_by_bit(kind, diffkd, t
     """From a path and two models; what is cut off goes on to the same weights."""
     root = f"data.root={getattr(box_files, kind)(tmp_path / 'cells', {'train': 4, 'test': 2})}"
     words = [*WORDS, root, "data.batch_size=2", "trainer.save_every=1", "trainer.keep=all", "output=run"]
+    words += ["optimizer.lr=0.004", "optimizer.lr_batch=8"]
     status, _, said = diffkd("distill", *words)
     assert status == 0, said
     assert FORMATS[kind] in said
     assert "backbone[p3]" in said
+    assert "learning rate 0.001 for 2 pictures a step (0.004 for 8)" in said
+    assert {float(row["lr"]) for row in RunFolder(tmp_path / "run").read_history()} <= {0.001, 0.0}
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert {"ap", "ap50", "ap75", "voc_ap50"} <= set(summary["last"])
     assert len(summary["arrays"]["ap_per_class"]) == 2

@@ -1,6 +1,7 @@
 """Detectors of transformers keep the contract of torchvision's; figures are gathered over processes."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -98,6 +99,58 @@ def test_a_narrow_head_still_sees_maps_of_one_position():
     wide = build("torchvision/fcos:timm/test_resnet", num_classes=3, image_shape=(3, 64, 64))
     groups = {m.num_groups for m in wide.head.modules() if isinstance(m, torch.nn.GroupNorm)}
     assert groups == {32}  # torchvision's own, where the width is
+
+
+OWN = {
+    "retinanet_resnet50_fpn_v2": [8, 16, 32, 64, 128],
+    "maskrcnn_resnet50_fpn": [4, 8, 16, 32, 64],
+    "fasterrcnn_mobilenet_v3_large_320_fpn": [32, 32, 64],
+    "ssdlite320_mobilenet_v3_large": [16, 32, 64, 128, 128, 128],
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_torchvisions_own_by_name(name):
+    """Without memory for their weights: what is built, and the levels that are tapped."""
+    with torch.device("meta"):
+        model = build(f"torchvision/{name}", num_classes=3, image_shape=(3, 128, 128))
+        levels = model.eval().backbone(torch.empty(1, 3, 128, 128))
+    assert [128 // level.shape[-1] for level in levels.values()] == OWN[name]
+    keys = [key for key in model.state_dict() if "mask" in key]
+    assert not keys  # boxes are all that is taught
+
+
+def test_levels_of_one_stride_pair_by_the_deepest_and_train():
+    """One step of a small Faster R-CNN that has two levels of stride 32, under a teacher that has one."""
+    few = {f"rpn_{when}_nms_top_n_train": 20 for when in ("pre", "post")} | {"box_batch_size_per_image": 8}
+    student, teacher = (
+        build(f"torchvision/{name}", num_classes=3, image_shape=(3, 64, 64), options=options)
+        for name, options in (
+            ("fasterrcnn_mobilenet_v3_large_320_fpn", few),
+            ("retinanet:timm/test_resnet", {"channels": 32}),
+        )
+    )
+    task = Detection(Data([], [], 3, (3, 64, 64)))
+    with pytest.warns(UserWarning, match=r"left out: the student's 0 \(stride 32\)"):
+        distiller = Distiller(student, teacher, None, "mimic", batch(), task=task)
+    first = distiller.pairs[0]
+    assert (first.student.layer, first.teacher.layer) == ("backbone[1]", "backbone[p5]")
+    losses = distiller.train()(batch())
+    (losses.total + sum(losses.supervised.values())).backward()
+    assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("library", "make"),
+    [
+        ("faster_coco_eval", lambda: Detection(Data([], [], 3, (3, 64, 64)))),
+        ("transformers", lambda: net("detr")),
+    ],
+)
+def test_what_is_not_installed_is_named_with_what_installs_it(library, make, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=r"pip install 'diffkd\[detection\]'"):
+        make()
 
 
 def test_options_are_checked():

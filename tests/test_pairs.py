@@ -93,6 +93,11 @@ def test_nothing_in_common_is_refused_with_what_there_is(ours, theirs, words):
     assert "\n" not in str(error.value)
 
 
+def test_where_one_side_has_one_of_a_stride_it_is_the_others_deepest():
+    with pytest.warns(UserWarning, match=r"left out: the student's 0 \(stride 32\)"):
+        assert keys({0: 32, 1: 32, 2: 64}, {"p5": 32, "p6": 64}) == [("1", "p5"), ("2", "p6")]
+
+
 def test_one_map_finds_its_level_of_a_pyramid():
     pyramid = side("b", {"0": 4, "1": 8, "2": 16})
     with pytest.warns(UserWarning, match="left out"):

@@ -189,9 +189,10 @@ def test_prefixes_in_any_depth_and_order(prefix, tmp_path):
 def test_auxiliary_heads_are_left_out_and_said(tmp_path):
     source, model = net(), net()
     extra = {"aux1.fc.weight": torch.zeros(2), "AuxLogits.bias": torch.zeros(2)}
+    extra["roi_heads.mask_head.0.weight"] = torch.zeros(2)
     torch.save({**source.state_dict(), **extra}, tmp_path / "a.pth")
     assert load_weights(model, tmp_path / "a.pth", name="net").note.endswith(
-        "auxiliary heads left out (AuxLogits, aux1)"
+        "auxiliary heads left out (AuxLogits, aux1, roi_heads.mask_head)"
     )
     assert same(model, source)
 

@@ -111,6 +111,12 @@ class Parts:
         """What data and models decided for the user, in lines."""
         yield f"data: {self.data.summary}"
         yield from self.data.notes
+        meant, recipe = self.recipe.optimizer.lr_batch, self.recipe
+        if meant is not None:
+            yield (
+                f"learning rate {recipe.learning_rate:g} for {recipe.step_size} pictures a step "
+                f"({recipe.optimizer.lr:g} for {meant})"
+            )
         for what, side in (("student", self.student), ("teacher", self.teacher)):
             if side is not None:
                 yield from (f"{what}: {note}" for note in side.notes)

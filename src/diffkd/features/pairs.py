@@ -149,13 +149,15 @@ def _matches(student_tap: str, teacher_tap: str, student: Probed, teacher: Probe
 def _by_stride(
     tap: str, ours: list[str], theirs: list[str], student: Probed, teacher: Probed
 ) -> list[tuple[str, str]]:
-    """Levels of one stride; several of one stride in their order, where both have as many."""
+    """Levels of one stride; several of one stride in their order, the deepest where one side has one."""
     found: list[tuple[str, str]] = []
     for level in _levels(ours, student):
         stride = student.stride(level[0])
         mates = [name for name in theirs if _same_stride(stride, teacher.stride(name))]
         # Of a single position, deeper levels cannot be told from each other by their size.
         tiny = all(math.prod(student.shapes[name][1:]) == 1 for name in level)
+        if not tiny and 1 in (len(level), len(mates)):
+            level, mates = level[-1:], mates[-1:]
         if mates and len(mates) != len(level) and not tiny:
             raise UserError(
                 f"tap '{tap}': of stride {_rounded(stride)} the student has {len(level)} ({_keys(level)}), "

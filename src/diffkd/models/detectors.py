@@ -3,7 +3,8 @@
 Every detector here, and every one of one's own, keeps torchvision's contract: in training
 `model(images, targets)` gives a dict of losses; else `model(images)` gives a list of dicts with `boxes`
 `(n, 4)` (left, top, right, bottom in pixels), `scores` `(n,)` and `labels` `(n,)`; labels start at 1, for 0
-is the ground; `model.backbone(images)` gives the pyramid.
+is the ground; `model.backbone(images)` gives the pyramid. Mask R-CNN finds boxes
+here, without its branch for outlines.
 """
 
 from collections import OrderedDict
@@ -58,12 +59,16 @@ def build(name: str, *, num_classes: int, image_size: tuple[int, ...], **options
         if ":" in name:
             return on_backbone(name, num_classes + 1, **{**sizes, **options})
         fixed = {} if name.startswith("ssd") else sizes
-        return models.get_model(  # type: ignore[no-any-return]
+        model: nn.Module = models.get_model(
             name, weights=None, weights_backbone=None, num_classes=num_classes + 1, **{**fixed, **options}
         )
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"model 'torchvision/{name}' cannot be built: {reason}") from error
+    if name.startswith("maskrcnn"):
+        for part in ("mask_roi_pool", "mask_head", "mask_predictor"):
+            setattr(model.roi_heads, part, None)
+    return model
 
 
 def on_backbone(

@@ -242,16 +242,25 @@ def _without_auxiliary(
     found: dict[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Without heads that only help to train, where the model was built without them; and their names."""
-    extra = sorted({k.partition(".")[0] for k in found if k not in wanted})
+    extra = sorted({_part(k) for k in found if k not in wanted})
     heads = [
         name
         for name in extra
         if _AUXILIARY.fullmatch(name) and not any(k.startswith(f"{name}.") for k in wanted)
     ]
-    return {k: v for k, v in found.items() if k.partition(".")[0] not in heads}, heads
+    return {k: v for k, v in found.items() if _part(k) not in heads}, heads
 
 
-_AUXILIARY = re.compile(r"aux\d*|aux_?logits\d*|aux(iliary)?_?(head|classifier|output)s?\d*", re.IGNORECASE)
+def _part(key: str) -> str:
+    """The part of a model that a weight belongs to; of a detector's heads for regions, which one."""
+    first, _, rest = key.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first == "roi_heads" else first
+
+
+_AUXILIARY = re.compile(
+    r"aux\d*|aux_?logits\d*|aux(iliary)?_?(head|classifier|output)s?\d*|roi_heads\.mask_(head|predictor)",
+    re.IGNORECASE,
+)
 
 
 def _in_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -183,6 +183,17 @@ class Recipe(Section):
         """Weight of the supervised losses: `task.weight` where something is distilled, else 1."""
         return self.task.weight if self.method else 1.0
 
+    @property
+    def step_size(self) -> int:
+        """Pictures of one optimizer step, on all devices together."""
+        return self.data.batch_size * self.trainer.accumulate
+
+    @property
+    def learning_rate(self) -> float:
+        """`optimizer.lr`, scaled to the pictures of a step where it is meant for so many."""
+        meant = self.optimizer.lr_batch
+        return self.optimizer.lr * (self.step_size / meant if meant else 1.0)
+
     def teacher_recipe(self) -> "Recipe":
         """The run that makes the teacher: its model in the student's place, and no teacher."""
         assert self.teacher is not None

@@ -13,6 +13,8 @@ class Optimizer(Section):
     Attributes:
         name: of the optimizer.
         lr: the learning rate after warm-up.
+        lr_batch: pictures of a step that `lr` is meant for: it is scaled by how many a step of the run has,
+            on all devices and over `trainer.accumulate` batches; as it is if not given.
         weight_decay: strength of the pull of weights towards 0.
         no_decay: which weights `weight_decay` leaves alone. `auto`: those of norms, biases, all of one axis,
             tables of positions, and what a model's `no_weight_decay()` names; `none`: it decays
@@ -23,6 +25,7 @@ class Optimizer(Section):
     """
 
     lr: Positive
+    lr_batch: Count | None = None
     weight_decay: NotNegative = 0.0
     no_decay: Literal["auto", "none"] | list[str] = "auto"
     lr_factors: dict[str, Positive] = Field(default_factory=dict)

@@ -209,7 +209,7 @@ class Trainer:
     def _step(self, batch: Batch, place: Place, updates: bool) -> dict[str, Tensor]:
         """One batch forward and backward, and the update where one is due."""
         trainer, optimizer = self.recipe.trainer, self.optimizer
-        self.lr = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, place.step, self.length)
+        self.lr = self.recipe.learning_rate * lr_factor(self.recipe.schedule, place.step, self.length)
         set_lr(optimizer, self.lr)
         with self.fabric.no_backward_sync(self.step, enabled=not updates):
             losses = self.balance(self.step(batch), place.step)

@@ -1,7 +1,8 @@
 """Boxes of a split, whatever format they came in, and what is wrong with them."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class Collected:
             sizes=np.array(self.sizes, np.int64).reshape(-1, 2),
             classes=tuple(classes),
             relative=self.relative,
-            notes=(*self._account(len(rows)), *notes),
+            notes=(*self._account(len(rows)), *notes, *_same_names(classes, self.source)),
         )
 
     def _check_format(self, kept: int) -> None:
@@ -191,9 +192,11 @@ class Collected:
             )
 
     def _account(self, kept: int) -> list[str]:
+        again = len(self.paths) - len(set(self.paths))
         bare = sum(count == 0 for count in self.counts)
         said = f"{self.source}: {len(self.paths)} pictures, {kept} boxes"
         lines = [said + (f", {bare} pictures without any (negatives)" if bare else "")]
+        lines += [f"{self.source}: {again} pictures are listed more than once"] * bool(again)
         for kind, words in (
             ("without area", "without area left out"),
             ("not a number", "that are not numbers left out"),
@@ -204,6 +207,12 @@ class Collected:
             if names:
                 lines.append(f"{self.source}: {len(names)} boxes {words}, the first in '{names[0]}'")
         return lines
+
+
+def _same_names(classes: Sequence[str], source: str) -> Iterator[str]:
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        yield f"warning: {source}: several classes are called {quoted(twice)}"
 
 
 def existing(folder: Path) -> set[str]:

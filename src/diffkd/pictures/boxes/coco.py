@@ -1,7 +1,9 @@
 """COCO's JSON: instances with boxes."""
 
 import json
+import mmap
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated, Collected, check_absent, existing, within
 from diffkd.pictures.options import quoted
 
+_KEYS = (b'"images"', b'"annotations"', b'"categories"')
+_KINDS = (b'"bbox"', b'"caption"', b'"segments_info"')
 _OTHERS = ("keypoint", "caption", "panoptic", "image_info", "stuff")  # what lies beside the instances
 
 
@@ -19,12 +23,14 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def is_instances(place: Path) -> bool:
-    """Whether a file begins as COCO's instances do, told without reading all of it."""
+    """Whether a file begins as COCO's instances do, and holds neither captions alone nor segments."""
     with place.open("rb") as opened:
         start = opened.read(1 << 16)
-    return start.lstrip()[:1] == b"{" and any(
-        word in start for word in (b'"images"', b'"annotations"', b'"categories"')
-    )
+        if start.lstrip()[:1] != b"{" or not any(key in start for key in _KEYS):
+            return False
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            boxes, words, segments = (content.find(key) >= 0 for key in _KINDS)
+    return not segments and (boxes or not words)
 
 
 def read(place: Path, folder: Path, *, keep_ids: bool = False) -> Annotated:
@@ -39,11 +45,11 @@ def read(place: Path, folder: Path, *, keep_ids: bool = False) -> Annotated:
     Raises:
         UserError: it is no such file, or something in it does not fit together.
     """
-    content = _content(place)
     source = f"'{place.name}'"
+    content = _content(place, source)
     classes, number = _classes(content["categories"], source, keep_ids)
     images = content["images"]
-    twice = [str(i) for i, n in Counter(image.get("id") for image in images).items() if n > 1]
+    twice = [str(i) for i, n in Counter(image["id"] for image in images).items() if n > 1]
     if twice:
         raise UserError(f"{source}: two pictures have the id {quoted(twice)}")
     boxes, notes = _boxes(content["annotations"], {image["id"] for image in images}, number, source)
@@ -55,13 +61,13 @@ def read(place: Path, folder: Path, *, keep_ids: bool = False) -> Annotated:
         if path is None:
             absent.append(str(image.get("file_name")))
             continue
-        size = (int(image.get("height") or 0), int(image.get("width") or 0))
-        found.add(path, size, boxes.get(image["id"], []))
+        height, width = (_number(image.get(side) or 0, source, image, side) for side in ("height", "width"))
+        found.add(path, (int(height), int(width)), boxes.get(image["id"], []))
     check_absent(absent, len(images), source, folder)
     return found.finish(classes, notes)
 
 
-def _content(place: Path) -> dict[str, Any]:
+def _content(place: Path, source: str) -> dict[str, Any]:
     try:
         content = json.loads(place.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -70,11 +76,37 @@ def _content(place: Path) -> dict[str, Any]:
     lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
         raise UserError(f"'{place}' is no COCO instances file: it has no list '{lacking[0]}'")
+    for key, ids in (("images", ("id",)), ("annotations", ()), ("categories", ())):
+        _check_records(content[key], ids, f"{source}: '{key}'")
+    for key in ("id", "image_id", "category_id"):
+        known = [record for record in content["annotations"] if record.get(key) is not None]
+        _check_records(known, (key,), f"{source}: 'annotations'")
     sample: dict[str, Any] = next(iter(content["annotations"]), {"bbox": []})
     if "bbox" not in sample:
         kind = "captions" if "caption" in sample else "panoptic" if "segments_info" in sample else "no boxes"
         raise UserError(f"'{place}' holds {kind}, not COCO instances with 'bbox'")
     return content  # type: ignore[no-any-return]
+
+
+def _check_records(records: list[Any], ids: Sequence[str], where: str) -> None:
+    """Refuses what is no record, or has no number or word where it needs one."""
+    for record in records:
+        if not isinstance(record, dict):
+            raise UserError(f"{where} holds {record!r:.60}, where records belong")
+        for key in ids:
+            if not isinstance(record.get(key), int | float | str):
+                raise UserError(
+                    f"{where} holds a record with the {key} {record.get(key)!r:.60}: {record!r:.80}"
+                )
+
+
+def _number(value: Any, source: str, record: dict[str, Any], key: str) -> float:
+    try:
+        return float("nan") if value is None else float(value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{source}: the record {record.get('id')!r} has the {key} {value!r:.60}, no number"
+        ) from None
 
 
 def _classes(categories: list[Any], source: str, keep_ids: bool) -> tuple[list[str], dict[int, int]]:
@@ -108,11 +140,11 @@ def _boxes(
         row = a.get("bbox")
         if not isinstance(row, list) or len(row) != 4:
             raise UserError(f"{source}: annotation {a.get('id')!r} has the bbox {row!r}, not four numbers")
-        left, top, width, height = (float("nan") if v is None else float(v) for v in row)
+        left, top, width, height = (_number(value, source, a, "bbox") for value in row)
         area = float(a["area"]) if isinstance(a.get("area"), int | float) else float("nan")
         corners = [left, top, left + width, top + height]
         boxes.setdefault(a["image_id"], []).append(
-            [*corners, number[a["category_id"]], float(bool(a.get("iscrowd"))), area]
+            [*corners, number[a["category_id"]], _number(a.get("iscrowd") or 0, source, a, "iscrowd"), area]
         )
     if strays > len(annotations) / 2:
         raise UserError(

@@ -1,5 +1,7 @@
 """Which format of boxes a folder holds, and where its splits are."""
 
+import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,12 +158,7 @@ def _with_yaml(root: Path) -> Found | None:
 
 
 def _from_yaml(place: Path, content: dict[str, Any]) -> Found:
-    names = content["names"]
-    if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise UserError(f"'{place}': names must number the classes from 0 without gaps")
-        names = [names[k] for k in range(len(names))]
-    classes = tuple(str(name) for name in names)
+    classes = _names(place, content["names"])
     if "nc" in content and content["nc"] != len(classes):
         raise UserError(f"'{place}': nc is {content['nc']}, but there are {len(classes)} names")
     # a path that does not exist here is another machine's: the folder itself is meant
@@ -169,9 +166,34 @@ def _from_yaml(place: Path, content: dict[str, Any]) -> Found:
     base = base if base.is_dir() and (base / str(content["train"])).exists() else place.parent
     splits = {}
     for name in ("train", *TEST_NAMES):
-        if isinstance(content.get(name), str):
-            splits[name] = _later(_yolo_split, place, base, content[name], classes)
+        told = content.get(name)
+        parts = [told] if isinstance(told, str) else told or []
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise UserError(f"'{place}': {name} must be a folder, a file of paths, or a list of such")
+        if parts:
+            splits[name] = _later(_yolo_splits, place, base, parts, classes)
     return Found(f"YOLO ('{place.name}')", splits)
+
+
+def _names(place: Path, names: Any) -> tuple[str, ...]:
+    """The classes, of a list or a mapping from their numbers."""
+    if isinstance(names, dict):
+        numbered = {str(key): name for key, name in names.items()}
+        if set(numbered) != {str(k) for k in range(len(names))}:
+            raise UserError(f"'{place}': names must number the classes from 0 without gaps")
+        names = [numbered[str(k)] for k in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise UserError(f"'{place}': names must be a list of the classes, or number them from 0")
+    return tuple(str(name) for name in names)
+
+
+def _yolo_splits(place: Path, base: Path, told: list[str], classes: tuple[str, ...]) -> Annotated:
+    """The pictures of all that a split names."""
+    parts = [_yolo_split(place, base, name, classes) for name in told]
+    if len(parts) == 1:
+        return parts[0]
+    shared = Path(os.path.commonpath([part.folder for part in parts]))
+    return functools.reduce(lambda whole, part: whole.joined(part, shared), parts)
 
 
 def _yolo_split(place: Path, base: Path, told: str, classes: tuple[str, ...]) -> Annotated:

@@ -245,10 +245,12 @@ def boxed(train: Annotated, test: Annotated, options: BoxOptions, notes: Sequenc
         notes: what was found.
 
     Raises:
-        UserError: there is no box to train on.
+        UserError: there is no box to train on, or to test on.
     """
     if not len(train.labels):
         raise UserError("there is not one box to train on")
+    if not len(test.labels):
+        raise UserError("there is not one box to test on: no answer could be right")
     return {
         **dict(zip(("train", "test"), options.splits(train, test), strict=True)),
         "num_classes": len(train.classes),

@@ -27,7 +27,8 @@ def read(annotations: Path, pictures: Path, names: Sequence[str] | None = None) 
     Raises:
         UserError: a file is damaged, names no class, or has no picture.
     """
-    files = {Path(p).stem: p for p in sorted(existing(pictures)) if p.lower().endswith(ENDINGS)}
+    there = [p for p in sorted(existing(pictures)) if p.lower().endswith(ENDINGS)]
+    files = {Path(p).stem: p for p in there}
     written = {p.stem: p for p in sorted(annotations.glob("*.xml"))}
     source = f"'{annotations.name}'"
     wanted = sorted(written.keys() | files.keys()) if names is None else list(names)
@@ -45,7 +46,9 @@ def read(annotations: Path, pictures: Path, names: Sequence[str] | None = None) 
         found.add(files[name], size, rows)
     check_absent(absent, len(wanted), source, pictures)
     bare = [name for name in wanted if name not in written]
-    notes = [f"{source}: {len(bare)} pictures have no file there and count as negatives"] * bool(bare)
+    alike = [p for p in there if files[Path(p).stem] != p]
+    notes = [f"{source}: pictures of one name, of which the last is taken: {quoted(alike)}"] * bool(alike)
+    notes += [f"{source}: {len(bare)} pictures have no file there and count as negatives"] * bool(bare)
     read_in = found.finish(list(classes), notes)
     return read_in.relabelled(sorted(classes), source)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffkd.errors import UserError
-from diffkd.pictures.boxes.annotations import Annotated, Collected, existing
+from diffkd.pictures.boxes.annotations import Annotated, Collected, check_absent, existing
 from diffkd.pictures.decoding import ENDINGS
 
 
@@ -20,10 +20,13 @@ def read(pictures: Path, labels: Path, classes: tuple[str, ...], names: set[str]
         names: paths of the split's pictures in the folder; None takes all.
 
     Raises:
-        UserError: a line cannot be read, or is in pixels, or of an unknown class.
+        UserError: a line cannot be read, or is in pixels, or of an unknown class; a picture of the split is
+            not there.
     """
     files = sorted(p for p in existing(pictures) if p.lower().endswith(ENDINGS))
-    files = [p for p in files if names is None or p in names]
+    if names is not None:
+        check_absent(sorted(names - set(files)), len(names), f"the list of '{pictures.name}'", pictures)
+        files = [p for p in files if p in names]
     texts = {p[: -len(".txt")] for p in existing(labels) if p.endswith(".txt")}
     source = f"'{labels.name}'" if labels.name == "labels" else f"'{labels.parent.name}/{labels.name}'"
     found = Collected(source, pictures, relative=True)
@@ -53,16 +56,22 @@ def read(pictures: Path, labels: Path, classes: tuple[str, ...], names: set[str]
 
 def _rows(place: Path) -> Iterator[tuple[int, list[float], bool]]:
     """Class, corners in shares of the sides, and whether it was a polygon, of every line of a file."""
-    for number, line in enumerate(place.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = place.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read labels '{place}': {error}") from error
+    for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
             continue
         where = f"'{place}', line {number}"
         try:
-            kind, values = int(float(words[0])), [float(word) for word in words[1:]]
+            kind, values = int(words[0].removesuffix(".0")), [float(word) for word in words[1:]]
         except ValueError as error:
             raise UserError(f"{where}: '{line}' is no class and numbers") from error
-        if kind < 0 or not (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0)):
+        if kind < 0:
+            raise UserError(f"{where}: class {kind}; classes count from 0")
+        if not (len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0)):
             raise UserError(
                 f"{where}: {len(words)} words; a line is a class and centre, width and height, or a polygon"
             )
