@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -7,6 +5,7 @@ import pytest
 import torch
 
 from diffkd.cli import main
+from processes import Command
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,10 +23,17 @@ seed: 0
 """
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """Nothing of the person's own cache is read or written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _quiet_machine(monkeypatch, tmp_path_factory):
-    """Nothing of the person's own cache is read or written, and two tests do not fight for cores."""
-    monkeypatch.setenv("DIFFKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def _quiet_machine():
+    """Two tests do not fight for cores."""
     torch.set_num_threads(1)
 
 
@@ -41,14 +47,7 @@ def tiny(tmp_path):
 
 def start(*words, cwd, **env):
     """The command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "diffkd.cli", *map(str, words)],
-        cwd=cwd,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Command(words, cwd, {"CUDA_VISIBLE_DEVICES": "", **env})
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Comparisons: figures, runs that are found again, mistakes, the report."""
 
+import contextlib
+import io
 import json
 import math
 import signal
@@ -7,9 +9,11 @@ import time
 
 import pytest
 
-from conftest import start
+from conftest import TINY, start
+from diffkd.report.compare import Wanted, compare
 from diffkd.report.comparison import FinishedRun, compare_runs, markdown, to_csv
 from diffkd.report.similarity import linear_cka
+from processes import wait_until
 
 METHODS = "methods=none,kd,diffkd"
 
@@ -77,15 +81,21 @@ def test_cka_of_unrelated_features_is_small():
     assert linear_cka(one, other) < 0.1
 
 
-@pytest.fixture
-def compared(diffkd, tiny, tmp_path):
-    status, out, err = diffkd("compare", "tiny.yaml", METHODS, "seeds=2", "output=c")
-    assert status == 0, err
-    return tmp_path / "c", out
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder of a comparison, and what it said."""
+    place = tmp_path_factory.mktemp("compared")
+    (place / "tiny.yaml").write_text(TINY)
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(place)
+        compare(Wanted.parse("tiny.yaml", [METHODS, "seeds=2", "output=c"]))
+    return place / "c", said.getvalue()
 
 
-def test_the_report_and_runs_found_again(compared, diffkd):
+def test_the_report_and_runs_found_again(compared, diffkd, monkeypatch):
     folder, out = compared
+    monkeypatch.chdir(folder.parent)
     comparison = json.loads((folder / "comparison.json").read_text())
     assert [m["name"] for m in comparison["methods"]] == ["none", "kd", "diffkd"]
     assert comparison["methods"][2]["similarity"]["stage3"]["after"] is not None
@@ -125,11 +135,12 @@ def test_methods_start_from_the_same_student_and_see_the_same_batches(tiny, tmp_
         assert torch.equal(images, batches[0])
 
 
-def test_side_by_side_gives_the_same_figures(compared, diffkd):
+def test_side_by_side_gives_the_same_figures(compared, diffkd, monkeypatch):
     folder, _ = compared
-    status, _, err = diffkd("compare", "tiny.yaml", "methods=none,diffkd", "seeds=2", "jobs=2", "output=d")
+    monkeypatch.chdir(folder.parent)
+    status, _, err = diffkd("compare", "tiny.yaml", "methods=diffkd", "seeds=2", "jobs=2", "output=d")
     assert status == 0, err
-    for name in ("none-seed1", "diffkd-seed1"):
+    for name in ("diffkd-seed0", "diffkd-seed1"):
         ours, theirs = (
             json.loads((place / name / "summary.json").read_text())["last"]
             for place in (folder, folder.parent / "d")
@@ -138,35 +149,29 @@ def test_side_by_side_gives_the_same_figures(compared, diffkd):
 
 
 def test_killed_half_way_it_repeats_no_finished_run(tiny, tmp_path, diffkd):
-    words = ["compare", tiny, METHODS, "seeds=2", "output=c", "trainer.epochs=6"]
+    words = ["compare", tiny, METHODS, "seeds=1", "output=c"]
     process = start(*words, cwd=tmp_path, DIFFKD_CACHE=str(tmp_path / "cache"))
     finished = tmp_path / "c/kd-seed0/summary.json"
-    for _ in range(600):
-        if finished.exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
+    assert wait_until(finished.exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     stamp = finished.stat().st_mtime_ns
     status, out, err = diffkd(*words)
     assert status == 0, err
-    assert "of 6 runs are there already" in out
+    assert "of 3 runs are there already" in out
     assert finished.stat().st_mtime_ns == stamp
 
 
 def test_asked_to_stop_side_by_side_it_says_how_to_go_on_and_leaves_nobody_behind(tiny, tmp_path):
     words = ["compare", tiny, "methods=none,diffkd", "seeds=1", "jobs=2", "output=c", "trainer.epochs=5000"]
     process = start(*words, cwd=tmp_path)
-    for _ in range(900):
-        if list(tmp_path.glob("c/*/checkpoints/*.pt")) or process.poll() is not None:
-            break
-        time.sleep(0.1)
+    assert wait_until(lambda: list(tmp_path.glob("c/*/checkpoints/*.pt")), process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "the same command goes on" in err
     rows = {place: place.stat().st_size for place in tmp_path.glob("c/*/metrics.csv")}
-    time.sleep(2)
+    time.sleep(1)  # an epoch takes a twentieth of it
     assert rows == {place: place.stat().st_size for place in rows}
 
 
@@ -219,7 +224,8 @@ def test_all_weights_zero(tiny, diffkd):
     assert "all weights are zero" in err
 
 
-def test_a_run_of_another_recipe_is_not_compared(compared, diffkd):
+def test_a_run_of_another_recipe_is_not_compared(compared, diffkd, monkeypatch):
+    monkeypatch.chdir(compared[0].parent)
     status, _, err = diffkd("compare", "tiny.yaml", METHODS, "seeds=2", "output=c", "optimizer.lr=0.5")
     assert (status, err.count("\n")) == (2, 1)
     assert "was made with another recipe: optimizer.lr is 0.02 there and 0.5 here" in err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import signal
 import time
@@ -16,6 +17,7 @@ from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
 from diffkd.training.fit import fit
+from processes import wait_until
 
 
 def run(tiny, output, *overrides):
@@ -69,9 +71,11 @@ def test_shipped_student_is_the_plain_model(tiny, tmp_path):
 @pytest.mark.parametrize("extra", [(), ("trainer.ema=0.9",), ("trainer.accumulate=2", "optimizer=adamw")])
 def test_killed_at_random_steps_ends_with_the_same_bits(tiny, tmp_path, extra):
     """SIGKILL while it trains, started again until it is done: the bits of an undisturbed run."""
-    words = ["trainer.epochs=6", "data.batch_size=64", "trainer.save_every=4", *extra]
+    words = ["trainer.epochs=3", "data.batch_size=64", "trainer.save_every=4", *extra]
     undisturbed = run(tiny, tmp_path / "a", *words)
-    chosen = torch.randint(3, 110 // (2 if extra[0:1] == ("trainer.accumulate=2",) else 1), (1,)).item()
+    seed = time.time_ns() % 10_000
+    print(f"the step of the kill is drawn with seed {seed}")  # shown where the test fails
+    chosen = random.Random(seed).randrange(3, 22 if "trainer.accumulate=2" in extra else 50)
     folder = RunFolder(tmp_path / "b")
     process = start("distill", tiny, f"output={folder.path}", *words, cwd=tmp_path)
     _wait_for_step(process, folder, chosen)
@@ -83,15 +87,14 @@ def test_killed_at_random_steps_ends_with_the_same_bits(tiny, tmp_path, extra):
     assert [r["loss"] for r in undisturbed.read_history()] == [r["loss"] for r in folder.read_history()]
 
 
-def _wait_for_step(process, folder, step, patience=120):
+def _wait_for_step(process, folder, step):
     """Until a checkpoint of at least about that step is on disk."""
-    until = time.monotonic() + patience
-    while time.monotonic() < until and process.poll() is None:
+
+    def there():
         steps = [int(p.stem.split("-")[1]) for p in folder.path.glob("checkpoints/step-*.pt")]
-        if steps and max(steps) >= step - 4:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"it ended before step {step}: {process.communicate()[1]}")
+        return bool(steps) and max(steps) >= step - 4
+
+    assert wait_until(there, process), f"it ended before step {step}: {process.communicate()[1]}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
