@@ -6,8 +6,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import v2 as transforms
 
 from diffkd.errors import UserError
 
@@ -40,12 +38,17 @@ class TestView:
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """`(C, H, W)` uint8."""
+        from torchvision.transforms import v2 as transforms  # it takes seconds: not before it is needed
+
         if self.channels == 1:
             picture = picture.convert("L")
         tensor: Tensor = transforms.PILToTensor()(self._resized(picture))
         return tensor
 
     def _resized(self, picture: Image.Image) -> Any:
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import v2 as transforms
+
         mode = InterpolationMode(self.interpolation)
         if self.kind == "whole" or self.size is None:
             return picture
@@ -76,6 +79,8 @@ class TestView:
 
 
 def _shortest(picture: Image.Image, shortest: int, longest: int) -> Image.Image:
+    from torchvision.transforms import v2 as transforms
+
     tensor = transforms.RandomShortestSize([shortest], longest)(transforms.PILToTensor()(picture))
     array = tensor.permute(1, 2, 0).contiguous() if len(tensor) == 3 else tensor[0]
     return Image.fromarray(array.to(torch.uint8).numpy())

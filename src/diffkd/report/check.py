@@ -1,7 +1,8 @@
 """One batch through everything, and what it shows: shapes, costs, losses, who learns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from diffkd.recipe.schema import Recipe
 from diffkd.report.summary import quantity, size
 from diffkd.report.suspicion import suspicions
 from diffkd.training.balance import gradient_norms
-from diffkd.training.optim import build_optimizer
+from diffkd.training.optim import parameter_groups
 
 FEW = 16  # pictures that a check runs; what a whole batch takes follows from them
 
@@ -35,7 +36,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_outputs(parts, sample)
     distiller, warnings = parts.distiller(sample)
     step = parts.step(distiller)
-    optimizer = build_optimizer(recipe.optimizer, step)
+    groups = parameter_groups(recipe.optimizer, step)  # PyTorch's optimizers take seconds to import
     few = min(recipe.data.batch_size, FEW)
     batch = next(iter(parts.loader(parts.data.train, shuffle=True, batch_size=few).epoch()))
     step.train()
@@ -53,11 +54,11 @@ def check_recipe(recipe: Recipe) -> None:
         console.print(plain(note))
     if distiller.pairs:
         console.print(_taps(distiller))
-    console.print(_modules(parts, distiller, optimizer))
+    console.print(_modules(parts, distiller, groups))
     console.print(_costs(parts))
     console.print(_losses(losses, total))
     activations = saved.total * recipe.data.batch_size // few
-    console.print(_memory(step, optimizer, activations, recipe.data.batch_size))
+    console.print(_memory(step, recipe, activations))
     console.print(_shares(recipe), markup=False)
     _complain(distiller, console)
     for line in (*unequal(pulls), *_suspected(parts)):
@@ -155,10 +156,10 @@ def _taps(distiller: Distiller) -> Table:
     return table
 
 
-def _modules(parts: Parts, distiller: Distiller, optimizer: torch.optim.Optimizer) -> Table:
+def _modules(parts: Parts, distiller: Distiller, groups: Sequence[Mapping[str, Any]]) -> Table:
     """Who is trained at all: the question that users of such tools ask most."""
     table = _table("who learns", "module", "parameters", "trained", "with gradient", "in optimizer")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in groups for p in group["params"]}
     rows: list[tuple[str, nn.Module]] = [("student", distiller.student)]
     for name, method in distiller.methods.items():
         rows += [(f"{name}: {key}", part) for key, part in _parts_of(method)]
@@ -211,12 +212,14 @@ def _losses(losses: dict[str, Tensor], total: Tensor) -> Table:
     return table
 
 
-def _memory(step: nn.Module, optimizer: torch.optim.Optimizer, saved: int, images: int) -> str:
+def _memory(step: nn.Module, recipe: Recipe, saved: int) -> str:
     weights = sum(p.numel() * p.element_size() for p in step.parameters())
-    slots = 2 if isinstance(optimizer, torch.optim.AdamW) else int(optimizer.param_groups[0]["momentum"] > 0)
+    adam = recipe.optimizer.name == "adamw"  # two moments; of the others one, where there is momentum
+    slots = 2 if adam else int(getattr(recipe.optimizer, "momentum", 0) > 0)
     return (
         f"memory of a training step: weights {size(weights)}, gradients {size(weights)}, "
-        f"optimizer {size(slots * weights)}, activations {size(saved)} for {images} images"
+        f"optimizer {size(slots * weights)}, "
+        f"activations {size(saved)} for {recipe.data.batch_size} images"
     )
 
 

@@ -2,13 +2,18 @@
 
 import ast
 import importlib
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import diffkd
 from diffkd.errors import UserError, nearest
 from diffkd.names import submodules
+from diffkd.pictures.kept import cache_folder
 from diffkd.recipe.files import builtin
+from diffkd.runs.disk import write_atomically
 
 KINDS = ("recipes", "methods", "models", "data")
 
@@ -48,8 +53,30 @@ def _models(what: str) -> Iterator[str]:
             place = Path(diffkd.__file__).parent / "models" / f"{source}.py"
             yield f"{source + '/...':<16}{_first_line(place)}"
         else:
-            names = importlib.import_module(f"diffkd.models.{source}").names()
-            yield from (f"{source}/{name}" for name in names)
+            yield from (f"{source}/{name}" for name in _names(source))
+
+
+def _names(source: str) -> list[str]:
+    """Every model of a source. Kept in the cache, for the source's library takes seconds to import."""
+    place = cache_folder() / "names" / f"{source}-{_state_of_models()}.txt"
+    with suppress(OSError, ValueError):
+        return place.read_text().splitlines()
+    names: list[str] = importlib.import_module(f"diffkd.models.{source}").names()
+    with suppress(OSError):  # a cache that cannot be written is no reason to stop
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, lambda partial: partial.write_text("\n".join(names)))
+    return names
+
+
+def _state_of_models() -> str:
+    """A short name of what the models' names depend on: the libraries' versions, and the files here."""
+    told = []
+    for library in ("timm", "torchvision", "transformers", "segmentation-models-pytorch"):
+        with suppress(PackageNotFoundError):
+            told.append(f"{library} {version(library)}")
+    files = sorted((Path(diffkd.__file__).parent / "models").glob("*.py"))
+    told += [f"{place.name} {place.stat().st_size} {place.stat().st_mtime_ns}" for place in files]
+    return f"{zlib.crc32(' '.join(told).encode()):08x}"
 
 
 def _weight(place: Path) -> float:

@@ -6,10 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd.errors import plain
-from diffkd.report.curves import draw_curves
 from diffkd.runs.folder import RunFolder
-from diffkd.training.control import control_hint, find_control
-from diffkd.training.devices import is_first
 
 
 def finish(folder: RunFolder, *, quiet: bool = False) -> None:
@@ -19,6 +16,11 @@ def finish(folder: RunFolder, *, quiet: bool = False) -> None:
         folder: of the run.
         quiet: prints nothing.
     """
+    # They take seconds to import: a check, which prints tables too, does without.
+    from diffkd.report.curves import draw_curves
+    from diffkd.training.control import control_hint, find_control
+    from diffkd.training.devices import is_first
+
     if not is_first():
         return
     summary = folder.read_summary()

@@ -3,15 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 
 from diffkd.batch import Batch
 from diffkd.data.base import Data, Split
 from diffkd.errors import UserError
 from diffkd.names import load_class
+
+if TYPE_CHECKING:  # it takes seconds, and a look at a recipe needs none
+    from torchmetrics import MetricCollection
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,14 @@ class Task(ABC):
         raise NotImplementedError(f"{type(self).__name__} says neither `loss` nor `train`")
 
     @abstractmethod
-    def metrics(self) -> MetricCollection:
+    def metrics(self) -> "MetricCollection":
         """Fresh metrics over a whole data set. Their `compute` gives figures of 0 to 1, by name.
 
         A tensor of several numbers (per class, say) is kept as an array of the run's figures.
         """
 
     @abstractmethod
-    def update(self, metrics: MetricCollection, output: Any, batch: Batch) -> None:
+    def update(self, metrics: "MetricCollection", output: Any, batch: Batch) -> None:
         """Counts one loader's batch and what `predict` gave for it in."""
 
     def answers(self, output: Any) -> Any:

@@ -1,19 +1,20 @@
 """Image classification: one class per picture."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from diffkd.batch import Batch
 from diffkd.data.base import Data, Split
 from diffkd.errors import UserError
 from diffkd.features.outputs import class_scores
 from diffkd.tasks.base import Task
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 _LEFT_OUT = -100  # of the loss: PyTorch's own number for it
 _COUNT = "mend it, or set the data's num_classes"
@@ -142,8 +143,11 @@ class Classification(Task):
         """Logits `(B, K)` of the main head."""
         return class_scores(self.run(model, batch))[0]
 
-    def metrics(self) -> MetricCollection:
+    def metrics(self) -> "MetricCollection":
         """Top-1, and top-5 where there are more than five classes."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy
+
         kinds = {"top1": 1} | ({"top5": 5} if self.num_classes > 5 else {})
         return MetricCollection(
             {
@@ -153,7 +157,7 @@ class Classification(Task):
             compute_groups=False,
         )
 
-    def update(self, metrics: MetricCollection, output: Tensor, batch: Batch) -> None:
+    def update(self, metrics: "MetricCollection", output: Tensor, batch: Batch) -> None:
         """Counts the logits of one batch in; of class probabilities the largest is the class.
 
         Raises:

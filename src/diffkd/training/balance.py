@@ -1,15 +1,18 @@
 """How hard each loss pulls at the student, and weights that follow from it."""
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.maths.losses import precise
 from diffkd.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 SHARE = 1.0  # of a method with the weight `auto`: its gradient is as long as the supervised loss's
 _EVERY_STEP = 10  # at the start; then one in ten, to the end of the first epoch or so many steps
@@ -59,7 +62,7 @@ class Balance:
         UserError: the run is compiled, or has no supervised loss to measure by.
     """
 
-    def __init__(self, distiller: Distiller, recipe: Recipe, fabric: Fabric, per_epoch: int) -> None:
+    def __init__(self, distiller: Distiller, recipe: Recipe, fabric: "Fabric", per_epoch: int) -> None:
         self.distiller, self.fabric = distiller, fabric
         self.names = distiller.automatic
         self.last = min(per_epoch, _LAST) if self.names else 0
