@@ -62,8 +62,10 @@ def compare(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[methods=...] [seeds=N] [jobs=N] [KEY=VALUE]...",
-            help="methods=none,kd,diffkd+dkd seeds=3 jobs=2 output=FOLDER, and overrides for all runs",
+            metavar="[methods=...] [seeds=N] [jobs=N] [tune=N] [KEY=VALUE]...",
+            help="methods=none,kd,diffkd+dkd seeds=3 jobs=2 output=FOLDER, and overrides for all runs; "
+            "tune=20 chooses each method's weight and options first, by so many trials on held-out training "
+            "data (tune_epochs=N or tune_steps=N for shorter ones, tune_fraction=0.1)",
         ),
     ] = None,
 ) -> None:

@@ -12,6 +12,16 @@ class UserError(Exception):
     """
 
 
+class NotFiniteError(UserError):
+    """A loss or a weight is infinite or nan: the settings do not train.
+
+    Attributes:
+        words: in every such message, by which one is known that comes as text alone.
+    """
+
+    words = "is not finite"
+
+
 def nearest(word: str, choices: Iterable[str], limit: int = 3) -> str:
     """The names most like `word`, as the end of an error message.
 

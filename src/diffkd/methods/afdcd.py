@@ -11,7 +11,7 @@ from diffkd.errors import UserError
 from diffkd.features.maps import matched
 from diffkd.maths.layers import conv, unit, without_void
 from diffkd.maths.losses import check_not_negative, check_positive, masked_mean, precise, squared_error
-from diffkd.methods.base import Method, Setup, module_key, needed_features, needed_maps, regressors
+from diffkd.methods.base import Method, Range, Setup, module_key, needed_features, needed_maps, regressors
 
 
 class AfDCD(Method):
@@ -56,6 +56,7 @@ class AfDCD(Method):
     """
 
     uses_logits = False
+    search = (Range("temperature", 0.1, 1.0),)
 
     def __init__(
         self,

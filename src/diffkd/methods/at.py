@@ -9,7 +9,7 @@ from diffkd.errors import UserError
 from diffkd.features.maps import matched
 from diffkd.maths.layers import unit
 from diffkd.maths.losses import masked_mean, precise
-from diffkd.methods.base import Method, Setup, needed_features
+from diffkd.methods.base import Choice, Method, Setup, needed_features
 
 
 class AttentionTransfer(Method):
@@ -46,6 +46,7 @@ class AttentionTransfer(Method):
 
     stages, uses_logits = "all", False
     weight = 1000.0
+    search = (Choice("power", (1.0, 2.0, 4.0)),)
 
     def __init__(self, setup: Setup, *, power: float = 2.0) -> None:
         super().__init__()

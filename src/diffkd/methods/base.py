@@ -67,6 +67,21 @@ def shared_key(pair: Pair) -> str:
     return f"{kind}_{pair.student.channels}_{pair.teacher.channels}_{pair.student.spatial_dims}"
 
 
+class Range(NamedTuple):
+    """What trials may set an option to: numbers between two, on a logarithmic scale."""
+
+    option: str
+    low: float
+    high: float
+
+
+class Choice(NamedTuple):
+    """What trials may set an option to: one of some plain values."""
+
+    option: str
+    values: tuple[bool | int | float | str, ...]
+
+
 class Method(nn.Module, ABC):
     """Base of every distillation method.
 
@@ -78,12 +93,14 @@ class Method(nn.Module, ABC):
             map of each resolution, or none.
         uses_logits: whether it wants the models' class scores.
         weight: of all its losses beside the supervised ones, where the user says none: its paper's.
+        search: options worth a choice by trials beside the weight, and between what.
         figures: scalars worth watching that are not losses (detached), refreshed by `forward`.
     """
 
     stages: ClassVar[Literal["none", "last", "all"]] = "last"
     uses_logits: ClassVar[bool] = True
     weight: ClassVar[float] = 1.0
+    search: ClassVar[tuple[Range | Choice, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from diffkd.errors import UserError
 from diffkd.features.maps import class_means, label_maps, matched, shrink, valid_at
 from diffkd.maths.layers import inner_products, unit
 from diffkd.maths.losses import check_not_negative, check_positive, masked_mean, precise
-from diffkd.methods.base import Method, Setup, module_key, needed_features, needed_maps, regressors
+from diffkd.methods.base import Method, Range, Setup, module_key, needed_features, needed_maps, regressors
 
 VERY_LOW = -1e9  # a score that softmax gives no share
 
@@ -58,6 +58,7 @@ class CIRKD(Method):
     """
 
     uses_logits = False
+    search = (Range("temperature", 0.05, 0.5),)
 
     def __init__(
         self,

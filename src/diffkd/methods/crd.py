@@ -12,7 +12,7 @@ from diffkd.errors import UserError
 from diffkd.features.maps import vectors
 from diffkd.maths.layers import inner_products, unit
 from diffkd.maths.losses import check_positive, masked_mean, precise
-from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
+from diffkd.methods.base import Method, Pair, Range, Setup, module_key, needed_features
 
 
 class CRD(Method):
@@ -58,6 +58,7 @@ class CRD(Method):
 
     stages, uses_logits = "last", False
     weight = 0.8
+    search = (Range("temperature", 0.03, 0.3),)
 
     def __init__(
         self,

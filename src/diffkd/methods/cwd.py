@@ -11,7 +11,7 @@ from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.features.maps import matched
 from diffkd.maths.losses import check_positive, masked_mean, precise
-from diffkd.methods.base import Method, Setup, check_pair, module_key, needed_maps, regressors
+from diffkd.methods.base import Method, Range, Setup, check_pair, module_key, needed_maps, regressors
 
 
 class CWD(Method):
@@ -48,6 +48,7 @@ class CWD(Method):
 
     stages = "all"
     weight = 3.0
+    search = (Range("temperature", 1.0, 10.0),)
 
     def __init__(
         self, setup: Setup, *, temperature: float = 4.0, on: Literal["scores", "features"] | None = None

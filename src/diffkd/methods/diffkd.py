@@ -24,7 +24,7 @@ from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timest
 from diffkd.maths.layers import conv, norm, recomputed, without_void
 from diffkd.maths.losses import kl_divergence, precise, squared_error
 from diffkd.maths.presets import PresetName, check_process, check_shape, check_sizes, settings
-from diffkd.methods.base import Method, Setup, check_pair, module_key, resizing, shared_key
+from diffkd.methods.base import Choice, Method, Range, Setup, check_pair, module_key, resizing, shared_key
 
 _UNTOLD = 300  # forward passes of warm-up where nobody says how long the run is
 
@@ -327,6 +327,8 @@ class DiffKDMethod(Method):
     Raises:
         UserError: nothing is tapped, or `pool` is less than 1.
     """
+
+    search = (Choice("preset", ("robust", "paper")), Range("temperature", 1.0, 10.0))
 
     def __init__(
         self,

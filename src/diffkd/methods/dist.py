@@ -8,7 +8,7 @@ from torch import Tensor
 from diffkd.batch import Batch
 from diffkd.features.maps import matched
 from diffkd.maths.losses import check_not_negative, check_positive, masked_mean, precise
-from diffkd.methods.base import Method, Setup, needed_logits, warn_of_two_classes
+from diffkd.methods.base import Method, Range, Setup, needed_logits, warn_of_two_classes
 
 
 class DIST(Method):
@@ -46,6 +46,7 @@ class DIST(Method):
     """
 
     stages = "none"
+    search = (Range("temperature", 1.0, 10.0),)
 
     def __init__(
         self, setup: Setup, *, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0

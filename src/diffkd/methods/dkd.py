@@ -15,7 +15,7 @@ from diffkd.maths.losses import (
     precise,
     standardize,
 )
-from diffkd.methods.base import Method, Setup, needed_logits, warn_of_two_classes
+from diffkd.methods.base import Method, Range, Setup, needed_logits, warn_of_two_classes
 
 
 class DKD(Method):
@@ -59,6 +59,7 @@ class DKD(Method):
     """
 
     stages = "none"
+    search = (Range("temperature", 1.0, 10.0), Range("beta", 0.5, 32.0))
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from diffkd.errors import UserError, kind_of
 from diffkd.features.maps import matched
 from diffkd.maths.layers import pooled, without_void
 from diffkd.maths.losses import check_not_negative, check_positive, precise
-from diffkd.methods.base import Method, Setup, module_key, needed_features, needed_maps, regressors
+from diffkd.methods.base import Method, Range, Setup, module_key, needed_features, needed_maps, regressors
 
 
 class FGD(Method):
@@ -56,6 +56,7 @@ class FGD(Method):
     """
 
     stages, uses_logits = "all", False
+    search = (Range("temperature", 0.2, 2.0),)
 
     def __init__(
         self,

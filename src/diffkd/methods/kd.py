@@ -7,7 +7,7 @@ from torch import Tensor
 from diffkd.batch import Batch
 from diffkd.features.maps import matched
 from diffkd.maths.losses import check_positive, kl_divergence, precise, standardize
-from diffkd.methods.base import Method, Setup, needed_logits
+from diffkd.methods.base import Method, Range, Setup, needed_logits
 
 
 class KD(Method):
@@ -44,6 +44,7 @@ class KD(Method):
 
     stages = "none"
     weight = 0.9
+    search = (Range("temperature", 1.0, 10.0),)
 
     def __init__(self, setup: Setup, *, temperature: float = 4.0, standardize: bool = False) -> None:
         super().__init__()

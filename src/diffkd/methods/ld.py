@@ -8,7 +8,7 @@ from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.features.maps import matched
 from diffkd.maths.losses import check_positive, kl_divergence, precise
-from diffkd.methods.base import Method, Setup, needed_features, needed_maps
+from diffkd.methods.base import Method, Range, Setup, needed_features, needed_maps
 
 
 class LD(Method):
@@ -48,6 +48,7 @@ class LD(Method):
 
     uses_logits = False
     weight = 0.25
+    search = (Range("temperature", 1.0, 20.0),)
 
     def __init__(self, setup: Setup, *, bins: int = 17, temperature: float = 10.0) -> None:
         super().__init__()

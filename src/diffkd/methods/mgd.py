@@ -10,7 +10,7 @@ from diffkd.errors import UserError
 from diffkd.features.maps import matched
 from diffkd.maths.layers import conv, without_void
 from diffkd.maths.losses import precise, squared_error
-from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
+from diffkd.methods.base import Method, Pair, Range, Setup, module_key, needed_features
 
 
 class MGD(Method):
@@ -50,6 +50,7 @@ class MGD(Method):
 
     stages, uses_logits = "last", False
     weight = 1.76
+    search = (Range("mask_ratio", 0.2, 0.8),)
 
     def __init__(self, setup: Setup, *, mask_ratio: float = 0.5) -> None:
         super().__init__()

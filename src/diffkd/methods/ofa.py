@@ -11,7 +11,7 @@ from diffkd.errors import UserError
 from diffkd.features.maps import valid_at
 from diffkd.maths.layers import conv, norm, pooled, without_void
 from diffkd.maths.losses import check_positive, hard_targets, masked_mean, precise
-from diffkd.methods.base import Method, Setup, module_key, needed_logits
+from diffkd.methods.base import Method, Range, Setup, module_key, needed_logits
 
 
 class OFA(Method):
@@ -53,6 +53,7 @@ class OFA(Method):
     """
 
     stages = "all"
+    search = (Range("eps", 1.0, 2.0),)
 
     def __init__(
         self, setup: Setup, *, eps: float = 1.0, logits_eps: float | None = None, temperature: float = 1.0

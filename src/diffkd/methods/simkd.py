@@ -9,7 +9,7 @@ from diffkd.batch import Batch
 from diffkd.features.maps import matched
 from diffkd.maths.layers import conv, norm
 from diffkd.maths.losses import check_positive, precise, squared_error
-from diffkd.methods.base import Method, Setup, module_key, needed_features
+from diffkd.methods.base import Choice, Method, Setup, module_key, needed_features
 
 
 class SimKD(Method):
@@ -41,6 +41,7 @@ class SimKD(Method):
     """
 
     uses_logits = False
+    search = (Choice("factor", (1, 2, 4)),)
 
     def __init__(self, setup: Setup, *, factor: int = 2) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from diffkd.errors import UserError
 from diffkd.features.maps import matched
 from diffkd.maths.layers import conv
 from diffkd.maths.losses import masked_mean, precise
-from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
+from diffkd.methods.base import Method, Pair, Range, Setup, module_key, needed_features
 
 SMALLEST_VARIANCE = 1e-5
 
@@ -49,6 +49,7 @@ class VID(Method):
     """
 
     stages, uses_logits = "all", False
+    search = (Range("initial_variance", 0.5, 50.0),)
 
     def __init__(self, setup: Setup, *, initial_variance: float = 5.0) -> None:
         super().__init__()

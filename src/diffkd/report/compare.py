@@ -1,39 +1,34 @@
 """Runs methods side by side, all trained alike, and reports what came out."""
 
 import json
-import os
+import math
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from diffkd.assembly import assemble, check_outputs
 from diffkd.data.base import data_kept
 from diffkd.errors import UserError
 from diffkd.maths.randomness import seed_everything
-from diffkd.recipe.schema import MethodRecipe, Recipe, dump, load
+from diffkd.recipe.schema import MethodRecipe, Recipe, load
 from diffkd.report.comparison import FinishedRun, compare_runs, markdown, rich_table, to_csv
 from diffkd.report.examples import example_sections
 from diffkd.report.page import page
+from diffkd.report.running import Carry, PlannedRun, carry_out
 from diffkd.report.similarity import Similarity, similarity
-from diffkd.report.summary import finish, percent
-from diffkd.runs.console import Reporter
+from diffkd.report.summary import percent
+from diffkd.report.tuning import Length, Search, Tuned, trial_recipe
 from diffkd.runs.disk import saying_where, write_atomically
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.places import check_folder, check_identity
 from diffkd.training.devices import is_first
-from diffkd.training.fit import fit
-from diffkd.training.interrupt import InterruptedRunError, StopRequest
 
+_TUNING = ("tune", "tune_epochs", "tune_steps", "tune_fraction")
 _UNFIT = re.compile(r"[^\w+.-]+")  # for a folder's name
 
 
@@ -48,6 +43,7 @@ class Wanted:
         jobs: runs side by side.
         output: folder of the runs and the report; None is a place under `runs/`.
         overrides: of the recipe, for all runs.
+        tune: how each method's weight and options are chosen first; None takes them as they are.
     """
 
     recipe: str
@@ -56,15 +52,17 @@ class Wanted:
     jobs: int
     output: str | None
     overrides: tuple[str, ...]
+    tune: Length | None = None
 
     @classmethod
     def parse(cls, recipe: str, words: Sequence[str]) -> "Wanted":
         """From the words of a command line.
 
         Raises:
-            UserError: `methods`, `seeds` or `jobs` cannot be understood.
+            UserError: `methods`, `seeds`, `jobs` or a word on tuning cannot be understood.
         """
         own = {"methods": "none,kd,dist,diffkd", "seeds": "3", "jobs": "1", "output": ""}
+        own |= dict.fromkeys(_TUNING, "")
         others = []
         for word in words:
             key, _, value = word.partition("=")
@@ -84,26 +82,16 @@ class Wanted:
             _count("jobs", own["jobs"]),
             own["output"] or None,
             tuple(others),
+            _tuning(own),
         )
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run to be found or made."""
-
-    method: str
-    recipe: Recipe
-    folder: RunFolder
-
-    @property
-    def label(self) -> str:
-        """What the user sees."""
-        return f"{self.method}, seed {self.recipe.seed}"
 
 
 @data_kept()
 def compare(wanted: Wanted) -> None:
     """Finds or makes every run, prints the table, writes the report.
+
+    Where it is wanted, each method's weight and options are chosen first; then no run looks at the test data
+    before all are chosen.
 
     Raises:
         UserError: a method is unknown or cannot serve, the recipe has no teacher, or a run folder holds
@@ -112,22 +100,26 @@ def compare(wanted: Wanted) -> None:
     """
     names = [name for label in wanted.methods for name in label.split("+") if name != "none"]
     base = load(wanted.recipe, wanted.overrides, methods=names)
+    if base.teacher is None:
+        raise UserError(
+            f"recipe '{wanted.recipe}' has no teacher: there is nothing to compare; set teacher=..."
+        )
     output = Path(wanted.output or Path("runs") / "compare" / base.name)
-    runs = list(plan(base, wanted, output))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    tuned = {} if wanted.tune is None else tune(base, wanted, wanted.tune, output, console)
+    runs = list(plan(base, wanted, output, tuned))
     for run in runs:
         check_folder(run.folder, run.recipe)
     notes = check_methods(runs)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     missing = [run for run in runs if not run.folder.finished]
     if len(missing) < len(runs) and is_first():
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
-    if wanted.jobs == 1:
-        _in_turn(missing, console)
-    else:
-        _side_by_side(missing, wanted.jobs, output, console)
+    carry_out([partial(_work, run, console) for run in _counted(missing)], wanted.jobs, output)
     if not is_first():  # the runs were everyone's; the report is the first process's
         return
-    comparison = compare_runs(base.name, _finished(runs, notes), notes)
+    notes += [wanted.tune.told(base)] if wanted.tune else []
+    told = {label: found.as_dict() for label, found in tuned.items()}
+    comparison = compare_runs(base.name, _finished(runs, notes), notes, told)
     sections = example_sections([(run.method, run.folder) for run in runs], _teacher(runs))
     write_report(comparison, output, sections)
     Console(highlight=False, markup=False, width=None if console.is_terminal else 150).print(
@@ -136,20 +128,56 @@ def compare(wanted: Wanted) -> None:
     console.print(f"report: {output / 'report.html'}")
 
 
-def plan(base: Recipe, wanted: Wanted, output: Path) -> Iterator[PlannedRun]:
-    """Every run of the comparison, seed by seed, so that a part of it is a fair comparison already.
+def methods_of(base: Recipe, label: str) -> dict[str, MethodRecipe]:
+    """The methods that a label joins, as the recipe has them."""
+    names = [] if label == "none" else label.split("+")
+    return {name: base.method.get(name, MethodRecipe()) for name in names}
+
+
+def tune(base: Recipe, wanted: Wanted, length: Length, output: Path, console: Console) -> dict[str, Tuned]:
+    """What equally many trials of each method choose, by label; `none` has nothing to choose.
 
     Raises:
-        UserError: the recipe has no teacher.
+        UserError: a method is unknown or cannot serve, or the folder holds other trials; nothing was run.
+        InterruptedRunError: asked to stop; the same command goes on.
     """
-    if base.teacher is None:
-        raise UserError(
-            f"recipe '{wanted.recipe}' has no teacher: there is nothing to compare; set teacher=..."
+    common = trial_recipe(base, length, max(wanted.seeds) + 1)
+    searches = [
+        Search(
+            label,
+            common.model_copy(update={"method": methods_of(base, label)}),
+            output / "tuning" / _UNFIT.sub("_", label),
+            length,
         )
+        for label in wanted.methods
+    ]
+    check_methods([search.planned(0, {}) for search in searches])
+    for search in searches:
+        search.begin()
+
+    def tell(line: str) -> None:
+        if is_first():
+            console.print(line)
+
+    carry_out([partial(search.work, tell=tell) for search in searches], wanted.jobs, output)
+    found = {search.label: search.chosen() for search in searches if search.space}
+    for label, chosen in found.items():
+        tell(f"{label}: chosen {chosen.shown or 'as it is'}")
+    return found
+
+
+def plan(base: Recipe, wanted: Wanted, output: Path, tuned: Mapping[str, Tuned]) -> Iterator[PlannedRun]:
+    """Every run of the comparison, seed by seed, so that a part of it is a fair comparison already.
+
+    Args:
+        base: the recipe.
+        wanted: methods and seeds.
+        output: folder of the runs.
+        tuned: what trials have chosen, by label.
+    """
     for seed in wanted.seeds:
         for label in wanted.methods:
-            names = [] if label == "none" else label.split("+")
-            methods = {name: base.method.get(name, MethodRecipe()) for name in names}
+            methods = tuned[label].methods if label in tuned else methods_of(base, label)
             place = output / f"{_UNFIT.sub('_', label)}-seed{seed}"
             update = {"method": methods, "seed": seed, "output": str(place), "resume": True}
             yield PlannedRun(label, base.model_copy(update=update), RunFolder(place))
@@ -195,92 +223,15 @@ def write_report(comparison: dict[str, Any], output: Path, sections: str = "") -
             write_atomically(output / name, lambda place, text=text: place.write_text(text, encoding="utf-8"))  # type: ignore[misc]
 
 
-def _in_turn(runs: Sequence[PlannedRun], console: Console) -> None:
-    """One after the other, in this process."""
-    told: set[str] = set()
+def _counted(runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
     for number, run in enumerate(runs, 1):
-        what = f"{run.label} ({number}/{len(runs)})"
-        reporter = Reporter(progress=run.recipe.trainer.progress, quiet=True, what=what, told=told)
-        try:
-            fit(run.recipe, reporter)
-        except InterruptedRunError as error:
-            line = f"stopped in {run.label}; saved; the same command goes on"
-            raise InterruptedRunError(line, error.signal) from error
-        finish(run.folder, quiet=True)
-        if is_first():
-            _tell(run, console)
+        yield replace(run, count=f"({number}/{len(runs)})")
 
 
-def _side_by_side(runs: Sequence[PlannedRun], jobs: int, output: Path, console: Console) -> None:
-    """Several at once, each in a process of its own and, where there are several, on a device of its own."""
-    slots: SimpleQueue[int] = SimpleQueue()
-    for slot in range(jobs):
-        slots.put(slot)
-    children: list[subprocess.Popen[str]] = []
-    stopped = threading.Event()
-
-    def work(run: PlannedRun) -> None:
-        slot = slots.get()
-        try:
-            if not stopped.is_set():
-                _run_apart(run, slot, output, children)
-                _tell(run, console)
-        except BaseException:
-            stopped.set()
-            raise
-        finally:
-            slots.put(slot)
-
-    with StopRequest() as stop, ThreadPoolExecutor(jobs) as pool:
-        pending = {pool.submit(work, run) for run in runs}
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                if stop.signal is not None:
-                    raise InterruptedRunError("stopped; the same command goes on", stop.signal)
-        except BaseException:
-            stopped.set()
-            for child in list(children):  # those that have ended take no notice
-                child.terminate()
-            raise
-
-
-def _run_apart(run: PlannedRun, slot: int, output: Path, children: list[subprocess.Popen[str]]) -> None:
-    """One run as a command of its own."""
-    with saying_where(output):
-        place = output / "recipes" / run.folder.path.name / f"{run.recipe.name.replace('/', '-')}.yaml"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(dump(run.recipe))
-    words = [str(place), f"output={run.folder.path}", "resume=true", "trainer.progress=false", "trust=true"]
-    child = subprocess.Popen(
-        # -P: what lies in the current folder is not imported in the place of a library
-        [sys.executable, "-P", "-m", "diffkd.cli", "distill", *words],
-        env=os.environ
-        | device_of(slot, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-        | {"DIFFKD_PARENT": str(os.getpid())},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    children.append(child)
-    _, said = child.communicate()
-    if child.returncode:
-        last = (said.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
-        raise UserError(f"{run.label}: {last}")
-
-
-def device_of(slot: int, count: int, visible: str | None) -> dict[str, str]:
-    """What a child's environment says of its device: one of those that this process sees, in turn.
-
-    >>> device_of(3, 2, "6,7"), device_of(1, 2, None), device_of(1, 1, "6")
-    ({'CUDA_VISIBLE_DEVICES': '7'}, {'CUDA_VISIBLE_DEVICES': '1'}, {})
-    """
-    if count < 2:
-        return {}
-    known = visible.split(",") if visible else [str(i) for i in range(count)]
-    return {"CUDA_VISIBLE_DEVICES": known[slot % count].strip()}
+def _work(run: PlannedRun, console: Console, carry: Carry) -> None:
+    carry(run)
+    if is_first():
+        _tell(run, console)
 
 
 def _tell(run: PlannedRun, console: Console) -> None:
@@ -330,6 +281,28 @@ def _seeds(text: str) -> tuple[int, ...]:
     if min(numbers) < 0:
         raise UserError(f"seeds={text}: seeds are 0 or more")
     return numbers
+
+
+def _tuning(words: Mapping[str, str]) -> Length | None:
+    """How to tune; None where nobody wants that."""
+    given = {key: words[key] for key in _TUNING if words[key]}
+    if not given:
+        return None
+    if "tune" not in given:
+        first = next(iter(given))
+        raise UserError(
+            f"{first}={given[first]} is about trials; add tune=20, say, for so many of each method"
+        )
+    counts = {key: _count(key, text) for key, text in given.items() if key != "tune_fraction"}
+    fraction = None
+    if "tune_fraction" in given:
+        try:
+            fraction = float(given["tune_fraction"])
+        except ValueError:
+            fraction = math.nan
+        if not 0 < fraction < 1:
+            raise UserError(f"tune_fraction={given['tune_fraction']}: needs a share between 0 and 1")
+    return Length(counts["tune"], counts.get("tune_epochs"), counts.get("tune_steps"), fraction)
 
 
 def _count(key: str, text: str) -> int:

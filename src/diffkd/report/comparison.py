@@ -38,13 +38,19 @@ class FinishedRun:
     similarity: Similarity
 
 
-def compare_runs(title: str, runs: Sequence[FinishedRun], notes: Sequence[str] = ()) -> dict[str, Any]:
+def compare_runs(
+    title: str,
+    runs: Sequence[FinishedRun],
+    notes: Sequence[str] = (),
+    tuned: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """All figures of a comparison as plain values; scores are shares (0 to 1).
 
     Args:
         title: of the comparison.
         runs: at least one of every method.
         notes: what the runs had to say, one line each.
+        tuned: what trials have chosen, by method, as plain values.
     """
     first = runs[0].summary
     names = list(dict.fromkeys(run.method for run in runs))
@@ -63,7 +69,7 @@ def compare_runs(title: str, runs: Sequence[FinishedRun], notes: Sequence[str] =
         "teacher": None if teacher is None else {**teacher, "score": teacher[first["metric"]]},
         "student": first["student"],
         "notes": list(notes),
-        "methods": [_method(name, of[name], of) for name in names],
+        "methods": [_method(name, of[name], of) | {"tuned": (tuned or {}).get(name)} for name in names],
         "per_class": list(per_class(of)),
     }
 
@@ -146,10 +152,16 @@ def _mean_similarity(runs: Sequence[FinishedRun]) -> dict[str, dict[str, float |
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
 
-def _columns(label: str) -> list[Column]:
+def _columns(comparison: Mapping[str, Any]) -> list[Column]:
+    label = comparison["metric_label"]
+    chosen: list[Column] = [
+        ("options", lambda m: (m["tuned"] or {}).get("options", "")),
+        ("held out", lambda m: percent(m["tuned"]["score"]) if m["tuned"] else ""),
+    ]
     return [
         ("method", lambda m: m["name"]),
         ("weight", _weights),
+        *(chosen if any(m.get("tuned") for m in comparison["methods"]) else []),
         (f"{label} last", lambda m: _plus_minus(m["last"])),
         (f"{label} best", lambda m: _plus_minus(m["best"])),
         ("to none", lambda m: _gain(m["to_none"])),
@@ -165,7 +177,7 @@ def rich_table(comparison: Mapping[str, Any]) -> Table:
     table = Table(
         title=caption(comparison), caption="to none, to kd: mean of the paired differences, 95 % interval"
     )
-    columns = _columns(comparison["metric_label"])
+    columns = _columns(comparison)
     for title, _ in columns:
         table.add_column(title, justify="left" if title == "method" else "right")
     for method in comparison["methods"]:
@@ -175,7 +187,7 @@ def rich_table(comparison: Mapping[str, Any]) -> Table:
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """The table in Markdown, with what it was measured on."""
-    columns = _columns(comparison["metric_label"])
+    columns = _columns(comparison)
     rows = [[title for title, _ in columns], ["---", *["---:"] * (len(columns) - 1)]]
     rows += [[cell(method) for _, cell in columns] for method in comparison["methods"]]
     lines = [caption(comparison), ""] + ["| " + " | ".join(row) + " |" for row in rows]
@@ -198,12 +210,15 @@ def to_csv(comparison: Mapping[str, Any]) -> str:
     writer.writerow(
         ["method", "seeds", *(f"{s}_{k}" for s in spreads for k in ("mean", "std"))]
         + [f"{g}_{k}" for g in gains for k in ("mean", "low", "high")]
-        + [*plain, "weight"]
+        + [*plain, "weight", "chosen", "trials"]
     )
     for m in comparison["methods"]:
         row = [m["name"], len(m["seeds"]), *(m[s][k] for s in spreads for k in ("mean", "std"))]
         row += [(m[g] or {}).get(k) for g in gains for k in ("mean", "low", "high")]
-        writer.writerow(row + [m[key] for key in plain] + [_weights(m)])
+        tuned = m.get("tuned") or {}
+        writer.writerow(
+            row + [m[key] for key in plain] + [_weights(m), tuned.get("shown"), tuned.get("trials")]
+        )
     return text.getvalue()
 
 

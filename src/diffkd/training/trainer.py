@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffkd.assembly import Side, assemble, check_outputs, describe_student, evaluate
 from diffkd.batch import Batch
-from diffkd.errors import UserError
+from diffkd.errors import NotFiniteError, UserError
 from diffkd.maths.randomness import random_state, seed_everything, set_random_state
 from diffkd.models.measure import machine, peak_memory, reset_peak_memory
 from diffkd.recipe.schema import Recipe, dump
@@ -252,7 +252,7 @@ class Trainer:
     def _not_finite(self, what: str) -> None:
         saved = [path.name for path in self.folder.list_checkpoints()[-1:]]
         kept = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved yet"
-        raise UserError(
+        raise NotFiniteError(
             f"{what}; {kept}; try a lower optimizer.lr, trainer.clip_grad_norm=1 or trainer.precision=fp32"
         )
 
