@@ -64,7 +64,7 @@ def test_no_gradient_reaches_the_student_while_all_on_its_way_warms_up():
         assert module.align.weight.grad.any()
     module.eval()
     assert student_gradient(module, *inputs())[0].any()
-    assert module.seen == 8
+    assert module.gate.seen == 8
 
 
 def test_the_warm_up_goes_on_where_a_checkpoint_left_it():
@@ -125,11 +125,13 @@ def test_most_of_the_students_feature_is_kept_at_the_start():
 
 @pytest.mark.parametrize("shape", [(10,), (10, 4, 4)], ids=str)
 def test_class_scores_are_compared_as_they_are(shape):
+    """At temperature 4, or 1 where every position has its own."""
     module = DiffKD(10, 10, spatial_dims=len(shape) - 1, distance="kl")
     student, teacher = torch.randn(6, *shape), torch.randn(6, *shape)
     gradient, out = student_gradient(module, student, teacher)
-    ours, theirs = ((x.movedim(1, -1).reshape(-1, 10) / 4) for x in (student, teacher))
-    wanted = 16 * F.kl_div(ours.log_softmax(1), theirs.softmax(1), reduction="batchmean")
+    temperature = 4 if len(shape) == 1 else 1
+    ours, theirs = ((x.movedim(1, -1).reshape(-1, 10) / temperature) for x in (student, teacher))
+    wanted = temperature**2 * F.kl_div(ours.log_softmax(1), theirs.softmax(1), reduction="batchmean")
     torch.testing.assert_close(out.loss, wanted)
     assert gradient.any()
     assert not list(module.parameters())
@@ -165,7 +167,7 @@ def test_the_robust_preset_compiles_without_a_graph_break():
                 found.append(student_gradient(m, *inputs()))
             torch.testing.assert_close(found[0][0], found[1][0])
             torch.testing.assert_close(found[0][1].loss, found[1][1].loss)
-    assert twin.seen == 4
+    assert twin.gate.seen == 4
 
 
 def test_noise_is_drawn_contiguous_whatever_the_features_layout():
@@ -177,3 +179,18 @@ def test_noise_is_drawn_contiguous_whatever_the_features_layout():
         losses.append(module(*(x.to(memory_format=layout) for x in (student, teacher))).loss)
     torch.testing.assert_close(*losses)
     assert losses[0].isfinite()
+
+
+def test_the_distance_fades_to_nothing_at_the_end():
+    module = DiffKD(4, 6, warmup=0.5, fade=True).train()
+    module.expect(8)
+    student, teacher = torch.randn(4, 4, 3, 3), torch.randn(4, 6, 3, 3)
+    pulls = []
+    for _ in range(9):
+        torch.manual_seed(0)
+        state = {name: value.clone() for name, value in module.state_dict().items() if "gate" not in name}
+        pulls.append(student_gradient(module, student, teacher)[0].norm().item())
+        module.load_state_dict(state, strict=False)  # moving statistics are not what is looked at
+    full = pulls[4]
+    assert full > 0
+    assert [pull / full for pull in pulls] == pytest.approx([0] * 4 + [1, 0.75, 0.5, 0.25, 0], abs=1e-5)

@@ -46,9 +46,9 @@ def test_the_warm_up_of_a_shared_module_counts_its_levels():
     method = DiffKDMethod(SETUP, shared=True, warmup=0.5)
     method.expect(10)
     [diffkd] = method.pairs.values()
-    assert diffkd.waits == 15
+    assert diffkd.gate.waits == 15
     losses(method.train())
-    assert diffkd.seen == 3
+    assert diffkd.gate.seen == 3
 
 
 def test_a_weight_scales_the_distance_of_its_level():

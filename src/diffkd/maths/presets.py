@@ -9,6 +9,7 @@ from diffkd.errors import UserError, nearest
 
 PresetName = Literal["robust", "paper"]
 DISTANCES = ("mse", "kl")
+PER_POSITION = "kl per position"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Settings:
         detach_denoiser: the distance's gradient stops at the denoiser's weights.
         temperature: of the divergence of class scores.
         warmup: share of the run in which no gradient of the distance reaches the student.
+        fade: after the warm-up, the share of the distance's gradient that reaches the student falls to
+            nothing at the run's end.
         standardize: brings the teacher's feature to mean 0 and variance 1 per channel, which is what
             the noise schedule takes for granted.
         first_gamma: share of the student's feature that is kept at the start; None leaves it to chance
@@ -35,6 +38,7 @@ class Settings:
     detach_denoiser: bool = False
     temperature: float = 1.0
     warmup: float = 0.0
+    fade: bool = False
     standardize: bool = False
     first_gamma: float | None = None
     latent_limit: int | None = None
@@ -58,18 +62,23 @@ _ROBUST = Settings(
     standardize=True,
     first_gamma=0.98,
     warmup=0.2,
+    fade=True,
     latent_limit=32,
     # One timestep for all samples is one vector, which the BatchNorm behind it takes away again.
     time_code=False,
 )
 PRESETS: dict[str, dict[str, Settings]] = {
-    "paper": dict.fromkeys(DISTANCES, _PAPER),
+    "paper": dict.fromkeys((*DISTANCES, PER_POSITION), _PAPER),
     # Through a denoiser that learns along, class scores teach too little, or nothing.
-    "robust": {"mse": _ROBUST, "kl": Settings(denoise=False, temperature=4.0)},
+    "robust": {
+        "mse": _ROBUST,
+        "kl": Settings(denoise=False, temperature=4.0),
+        PER_POSITION: Settings(denoise=False, temperature=1.0),
+    },
 }
 
 
-def settings(preset: str, distance: str, **chosen: Any) -> Settings:
+def settings(preset: str, distance: str, per_position: bool = False, **chosen: Any) -> Settings:
     """A preset's settings with those that the user named; None leaves one to the preset.
 
     Raises:
@@ -82,7 +91,10 @@ def settings(preset: str, distance: str, **chosen: Any) -> Settings:
         if name not in known:
             raise UserError(f"unknown {what} '{name}'{nearest(name, tuple(known))}")
     named = {key: value for key, value in chosen.items() if value is not None}
-    found = replace(PRESETS[preset][distance], **named)
+    usual = PRESETS[preset][PER_POSITION if per_position and distance == "kl" else distance]
+    found = replace(usual, **named)
+    if not found.denoise:  # there is no way that would have to learn first
+        found = replace(found, warmup=0.0, fade=False)
     if found.temperature <= 0:
         raise UserError(f"temperature={found.temperature}: needs more than 0")
     if found.num_steps < 1:

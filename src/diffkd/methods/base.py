@@ -14,7 +14,7 @@ from diffkd.features.maps import matched
 from diffkd.features.pairs import Feature as Feature
 from diffkd.features.pairs import Pair as Pair
 from diffkd.maths.layers import conv
-from diffkd.maths.losses import check_classes, precise, squared_error
+from diffkd.maths.losses import check_classes, check_positive, precise, squared_error
 from diffkd.names import load_class, options_of
 
 
@@ -194,6 +194,18 @@ def needed_logits(setup: Setup, method: str, *, standardized: bool = False) -> t
                 "left, which teaches nothing; set standardize=false"
             )
     return setup.logits
+
+
+def temperature_for(pair: Pair, chosen: float | None) -> float:
+    """The temperature of a pair's class scores, or the usual one: 4, or 1 for scores per position.
+
+    Raises:
+        UserError: the chosen one is not above 0.
+    """
+    if chosen is not None:
+        check_positive(temperature=chosen)
+        return chosen
+    return 4.0 if pair.student.spatial_dims == 0 else 1.0
 
 
 def warn_of_two_classes(pairs: Sequence[Pair], loss: str) -> None:

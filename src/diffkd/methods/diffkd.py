@@ -24,9 +24,8 @@ from diffkd.maths.diffusion import add_noise, alpha_bars, ddim_step, ddim_timest
 from diffkd.maths.layers import conv, norm, recomputed, without_void
 from diffkd.maths.losses import kl_divergence, precise, squared_error
 from diffkd.maths.presets import PresetName, check_process, check_shape, check_sizes, settings
+from diffkd.maths.progress import Gate
 from diffkd.methods.base import Choice, Method, Range, Setup, check_pair, module_key, resizing, shared_key
-
-_UNTOLD = 300  # forward passes of warm-up where nobody says how long the run is
 
 
 class DiffKD(nn.Module):
@@ -57,6 +56,8 @@ class DiffKD(nn.Module):
         warmup: share of the run, counted in forward passes in training mode, in which no gradient
             reaches the student while all on its way learns: through layers that know nothing yet it
             would point anywhere. The run's length comes by `expect`.
+        fade: after the warm-up, the share of the distance's gradient that reaches the student falls evenly
+            to nothing at the run's end, which belongs to the labels.
 
     Raises:
         UserError: an argument is impossible, or a feature does not have the shape promised here.
@@ -68,8 +69,6 @@ class DiffKD(nn.Module):
     """
 
     alpha_bars: Tensor
-    seen: Tensor
-    waits: Tensor
 
     def __init__(
         self,
@@ -86,17 +85,20 @@ class DiffKD(nn.Module):
         detach_denoiser: bool | None = None,
         temperature: float | None = None,
         warmup: float | None = None,
+        fade: bool | None = None,
     ) -> None:
         super().__init__()
         check_sizes(student_channels, teacher_channels, latent_channels, spatial_dims)
         self.settings = settings(
             preset,
             distance,
+            per_position=spatial_dims > 0,
             num_steps=num_steps,
             start_timestep=start_timestep,
             detach_denoiser=detach_denoiser,
             temperature=temperature,
             warmup=warmup,
+            fade=fade,
         )
         check_process(self.settings, train_timesteps, latent_channels)
         if latent_channels is None and spatial_dims:
@@ -119,23 +121,23 @@ class DiffKD(nn.Module):
         chosen, dims, width = self.settings, self.spatial_dims, self.channels
         same = not chosen.denoise and self.student_channels == width
         self.align = nn.Identity() if same else conv(dims, self.student_channels, width)
+        self.gate: Gate | None = None
         if not chosen.denoise:
             return
         self.denoiser = Denoiser(dims, width, self.train_timesteps)
         self.noise_matcher = NoiseMatcher(dims, width, chosen.first_gamma)
         self.projection = nn.Sequential(conv(dims, width, width), norm(dims, width))
         self.standardizer = Standardizer(self.teacher_channels) if chosen.standardize else None
-        if chosen.warmup:
-            self.register_buffer("seen", torch.tensor(0))
-            self.register_buffer("waits", torch.tensor(_UNTOLD), persistent=False)
+        if chosen.warmup or chosen.fade:
+            self.gate = Gate(chosen.warmup, chosen.fade)
 
     def expect(self, passes: int) -> None:
-        """Says how many forward passes in training mode the run will have, for the warm-up.
+        """Says how many forward passes in training mode the run will have, for warm-up and fading.
 
-        Where nobody says, the warm-up is 300 passes long.
+        Where nobody says, the warm-up is 300 passes long and nothing fades.
         """
-        if self.settings.warmup:
-            self.waits.fill_(round(passes * self.settings.warmup))
+        if self.gate is not None:
+            self.gate.expect(passes)
 
     __call__: Callable[..., DiffKDOutput]  # so that editors complete `.loss`
 
@@ -157,7 +159,8 @@ class DiffKD(nn.Module):
         if not self.settings.denoise:
             return self._compare(student_feature, teacher_feature, valid)
         target, reconstruction_loss = self._encode(teacher_feature, valid)
-        denoised, gamma = self._denoise(self.align(self._after_warmup(student_feature)), valid=valid)
+        reached = student_feature if self.gate is None else self.gate(student_feature)
+        denoised, gamma = self._denoise(self.align(reached), valid=valid)
         kd_loss = self._distance(denoised, target, valid)
         diffusion_loss = self.diffusion_loss(target, valid=valid)
         loss = kd_loss + diffusion_loss + reconstruction_loss
@@ -261,13 +264,6 @@ class DiffKD(nn.Module):
             kept.append(noisy)
         return self.projection(noisy), precise(gamma)
 
-    def _after_warmup(self, feature: Tensor) -> Tensor:
-        """The student's feature, to which no gradient passes as long as the run warms up."""
-        if not self.settings.warmup or not self.training:
-            return feature
-        self.seen += 1
-        return torch.where(self.seen > self.waits, feature, feature.detach())
-
     def _distance(self, denoised: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
         denoised, target = precise(denoised), precise(target)
         if self.distance == "mse":
@@ -319,7 +315,7 @@ class DiffKDMethod(Method):
         pool: maps are averaged over so many positions along each axis first, for large ones.
         shared: one module serves all features of the same widths (the levels of a pyramid).
         weights: of the distance of single pairs, by name (`{"backbone[p3]": 0.5}`); 1 if not given.
-        preset, num_steps, train_timesteps, start_timestep, detach_denoiser, temperature, warmup: as in
+        preset, num_steps, train_timesteps, start_timestep, detach_denoiser, temperature, warmup, fade: as in
             `DiffKD`.
         recompute: denoising steps are run again in the backward pass instead of kept: less memory, more
             time, the same gradients (BatchNorm's running statistics count each step twice).
@@ -342,6 +338,7 @@ class DiffKDMethod(Method):
         detach_denoiser: bool | None = None,
         temperature: float | None = None,
         warmup: float | None = None,
+        fade: bool | None = None,
         pool: int = 1,
         recompute: bool = False,
         shared: bool = False,
@@ -375,6 +372,7 @@ class DiffKDMethod(Method):
                 detach_denoiser=detach_denoiser,
                 temperature=temperature,
                 warmup=warmup,
+                fade=fade,
             )
             diffkd._told, diffkd.recompute = True, recompute  # check_pair told of unequal sizes
             self.pairs[self.keys[pair.name]] = diffkd

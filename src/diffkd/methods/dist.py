@@ -7,8 +7,8 @@ from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.features.maps import matched
-from diffkd.maths.losses import check_not_negative, check_positive, masked_mean, precise
-from diffkd.methods.base import Method, Range, Setup, needed_logits, warn_of_two_classes
+from diffkd.maths.losses import check_not_negative, masked_mean, precise
+from diffkd.methods.base import Method, Range, Setup, needed_logits, temperature_for, warn_of_two_classes
 
 
 class DIST(Method):
@@ -31,7 +31,8 @@ class DIST(Method):
         setup: what the run taps.
         beta: weight of the inter-class relation.
         gamma: weight of the intra-class relation.
-        temperature: tau, which the scores are divided by.
+        temperature: tau, which the scores are divided by; None is 4 for one set of scores a sample, and 1
+            for scores per position.
 
     Raises:
         UserError: no class scores are tapped, or an option is impossible.
@@ -49,25 +50,24 @@ class DIST(Method):
     search = (Range("temperature", 1.0, 10.0),)
 
     def __init__(
-        self, setup: Setup, *, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0
+        self, setup: Setup, *, beta: float = 2.0, gamma: float = 2.0, temperature: float | None = None
     ) -> None:
         super().__init__()
         check_not_negative(beta=beta, gamma=gamma)
-        check_positive(temperature=temperature)
-        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+        self.beta, self.gamma = beta, gamma
         pairs = needed_logits(setup, "dist")
         warn_of_two_classes(pairs, "inter")
-        self.names = [pair.name for pair in pairs]
+        self.temperatures = {pair.name: temperature_for(pair, temperature) for pair in pairs}
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
         """Both relations, by pair."""
         losses: dict[str, Tensor] = {}
-        scale = self.temperature**2
-        for name in self.names:
+        for name, temperature in self.temperatures.items():
+            scale = temperature**2
             *sized, valid = matched(precise(student[name]), precise(teacher[name]), batch.valid)
-            ours, theirs = (_one_per_row(logits / self.temperature).softmax(1) for logits in sized)
+            ours, theirs = (_one_per_row(logits / temperature).softmax(1) for logits in sized)
             rows = None if valid is None else valid.flatten()
             inter = 1 - masked_mean(correlation(ours, theirs, 1), rows)
             intra = 1 - correlation(ours, theirs, 0, rows).mean()

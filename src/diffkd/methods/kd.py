@@ -6,8 +6,8 @@ from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.features.maps import matched
-from diffkd.maths.losses import check_positive, kl_divergence, precise, standardize
-from diffkd.methods.base import Method, Range, Setup, needed_logits
+from diffkd.maths.losses import kl_divergence, precise, standardize
+from diffkd.methods.base import Method, Range, Setup, needed_logits, temperature_for
 
 
 class KD(Method):
@@ -25,7 +25,8 @@ class KD(Method):
 
     Args:
         setup: what the run taps.
-        temperature: tau, which the scores are divided by.
+        temperature: tau, which the scores are divided by; None is 4 for one set of scores a sample, and 1
+            for scores per position, as dense prediction is published.
         standardize: brings each sample's scores to mean 0 and standard deviation 1 first, so that the
             student need not match their range.
 
@@ -46,20 +47,20 @@ class KD(Method):
     weight = 0.9
     search = (Range("temperature", 1.0, 10.0),)
 
-    def __init__(self, setup: Setup, *, temperature: float = 4.0, standardize: bool = False) -> None:
+    def __init__(self, setup: Setup, *, temperature: float | None = None, standardize: bool = False) -> None:
         super().__init__()
-        check_positive(temperature=temperature)
-        self.temperature, self.standardize = temperature, standardize
-        self.names = [pair.name for pair in needed_logits(setup, "kd", standardized=standardize)]
+        pairs = needed_logits(setup, "kd", standardized=standardize)
+        self.temperatures = {pair.name: temperature_for(pair, temperature) for pair in pairs}
+        self.standardize = standardize
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
         """The divergence, by pair."""
         losses: dict[str, Tensor] = {}
-        for name in self.names:
+        for name, temperature in self.temperatures.items():
             ours, theirs, valid = matched(precise(student[name]), precise(teacher[name]), batch.valid)
             if self.standardize:
                 ours, theirs = standardize(ours), standardize(theirs)
-            losses[f"{name}.kd"] = kl_divergence(ours, theirs, self.temperature, valid)
+            losses[f"{name}.kd"] = kl_divergence(ours, theirs, temperature, valid)
         return losses
