@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,9 @@ class DiffKD(nn.Module):
         preset: what the other settings are where they are None. "paper" is the published method.
             "robust" departs from it where small students, short runs and features of any scale
             suffered: the teacher's feature is standardized, most of the student's feature is kept at the
-            start, the way through the diffusion model learns first (`warmup`), maps wider than 32
-            channels are compared in 32, with 2 steps; class scores ("kl") are compared as they are, at
-            temperature 4, which is plain knowledge distillation.
+            start, the way through the diffusion model learns first (`warmup`), the end of the run belongs
+            to the labels (`fade`), maps wider than 32 channels are compared in 32, with 2 steps; class
+            scores ("kl") are compared as they are, at temperature 4, or 1 per position, which is plain KD.
         latent_channels: width of the space that both are compared in; an autoencoder brings the
             teacher's feature there. None compares in the teacher's own space, or the preset's. Not for
             vectors.
@@ -56,8 +56,7 @@ class DiffKD(nn.Module):
         warmup: share of the run, counted in forward passes in training mode, in which no gradient
             reaches the student while all on its way learns: through layers that know nothing yet it
             would point anywhere. The run's length comes by `expect`.
-        fade: after the warm-up, the share of the distance's gradient that reaches the student falls evenly
-            to nothing at the run's end, which belongs to the labels.
+        fade: after the warm-up, what reaches the student of the distance's gradient falls evenly to nothing.
 
     Raises:
         UserError: an argument is impossible, or a feature does not have the shape promised here.
@@ -89,17 +88,9 @@ class DiffKD(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(student_channels, teacher_channels, latent_channels, spatial_dims)
-        self.settings = settings(
-            preset,
-            distance,
-            per_position=spatial_dims > 0,
-            num_steps=num_steps,
-            start_timestep=start_timestep,
-            detach_denoiser=detach_denoiser,
-            temperature=temperature,
-            warmup=warmup,
-            fade=fade,
-        )
+        chosen = {"num_steps": num_steps, "start_timestep": start_timestep, "temperature": temperature}
+        chosen |= {"detach_denoiser": detach_denoiser, "warmup": warmup, "fade": fade}
+        self.settings = settings(preset, distance, per_position=spatial_dims > 0, **chosen)
         check_process(self.settings, train_timesteps, latent_channels)
         if latent_channels is None and spatial_dims:
             latent_channels = self.settings.narrowed(teacher_channels)
@@ -353,6 +344,8 @@ class DiffKDMethod(Method):
         self.pairs = nn.ModuleDict()
         self.keys = {p.name: shared_key(p) if shared else module_key(p.name) for p in setup.pairs}
         usual = settings(preset, "mse")
+        chosen: dict[str, Any] = {"num_steps": num_steps, "start_timestep": start_timestep, "fade": fade}
+        chosen |= {"detach_denoiser": detach_denoiser, "temperature": temperature, "warmup": warmup}
         for pair in setup.pairs:
             check_pair(pair, "diffkd")
             if self.keys[pair.name] in self.pairs:
@@ -362,17 +355,12 @@ class DiffKDMethod(Method):
             diffkd = DiffKD(
                 pair.student.channels,
                 pair.teacher.channels,
-                preset=preset,
                 latent_channels=None if plain else latent,
                 spatial_dims=pair.student.spatial_dims,
-                num_steps=num_steps,
-                train_timesteps=train_timesteps,
-                start_timestep=start_timestep,
                 distance="kl" if pair.is_logits else "mse",
-                detach_denoiser=detach_denoiser,
-                temperature=temperature,
-                warmup=warmup,
-                fade=fade,
+                preset=preset,
+                train_timesteps=train_timesteps,
+                **chosen,
             )
             diffkd._told, diffkd.recompute = True, recompute  # check_pair told of unequal sizes
             self.pairs[self.keys[pair.name]] = diffkd
