@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import time
 from datetime import date
 from pathlib import Path
@@ -137,7 +138,7 @@ def parse(variant: str) -> dict[str, Chosen]:
     """`kd:weight=0.5+diffkd:preset=paper:num_steps=3` as methods."""
     words: dict[str, dict] = {}
     for part in variant.split("+"):
-        name, *options = part.split(":")
+        name, *options = re.split(r":(?=\w+=)", part)
         words[name] = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in options)}
     return {} if variant == "none" else chosen_methods(words)
 
