@@ -1,7 +1,9 @@
 """The one exception for a user's mistake, and the words that help to mend it."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -47,6 +49,22 @@ def plain(text: str, most: int = 4000) -> str:
     """
     shown = "".join(c if c.isprintable() else " " if c.isspace() else f"\\x{ord(c):02x}" for c in text)
     return shown if len(shown) <= most else f"{shown[:most]} ... ({len(shown) - most:,} more characters)"
+
+
+def told(error: Exception) -> str:
+    """What an error of code that a user wrote says, in one line, and where in that code it came up.
+
+    >>> told(ValueError("no such scan"))
+    'ValueError: no such scan'
+    """
+    first = (str(error).strip().splitlines() or [""])[0]
+    said = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not _installed(f.filename)]
+    return said + (f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else "")
+
+
+def _installed(file: str) -> bool:
+    return "site-packages" in file or file.startswith("<") or Path(__file__).parent in Path(file).parents
 
 
 def kind_of(value: Any) -> str:

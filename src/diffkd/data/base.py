@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffkd.batch import Batch
-from diffkd.errors import UserError
+from diffkd.errors import UserError, told
 from diffkd.names import check_kind, is_path, load_object, load_submodule, options_of, submodules
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Part, Source, shared_files
 from diffkd.pictures.held import hold_out_samples
@@ -157,9 +157,11 @@ def builder(name: str) -> Callable[..., Data]:
         found = load_object(name)
         what = "a function `build(root, *, option=...)` that gives a diffkd.Data"
         check_kind(name, found, what)
-        takes = inspect.signature(found).parameters.values()
-        if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in takes) > 1:
-            raise UserError(f"'{name}' is not {what}: all but the first argument are keywords")
+        needed = [p for p in _positional(found)[1:] if p.default is p.empty]
+        if needed:
+            raise UserError(
+                f"'{name}' is not {what}: its argument '{needed[0].name}' needs a default behind a `*`"
+            )
         return found  # type: ignore[no-any-return]
     source, slash, dataset = name.partition("/")
     build = load_submodule("diffkd.data", source, "data set").build
@@ -168,6 +170,28 @@ def builder(name: str) -> Callable[..., Data]:
     if "dataset" not in options_of(build):
         raise UserError(f"data '{source}' is one data set: leave out '/{dataset}'")
     return partial(build, dataset=dataset)
+
+
+def _positional(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    takes = inspect.signature(function).parameters.values()
+    return [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def _built_outside(name: str, root: str | None, options: dict[str, Any]) -> Data:
+    """A data set of the user's own code; one that needs no root need not take one."""
+    function = builder(name)
+    takes_root = bool(_positional(function))
+    if root is not None and not takes_root:
+        raise UserError(f"'{name}' takes no data.root: let its first argument be the root, or leave it out")
+    try:
+        found = function(*([root] * takes_root), **options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"data '{name}' cannot be built: {told(error)}") from error
+    if not isinstance(found, Data):
+        raise UserError(f"data '{name}' gave a {type(found).__name__}, not a diffkd.Data")
+    return found
 
 
 _kept: ContextVar[dict[str, Data] | None] = ContextVar("_kept", default=None)
@@ -225,8 +249,10 @@ def build(
 
 
 def _built(name: str, root: str | None, options: dict[str, Any]) -> Data:
+    if is_path(name):
+        return _built_outside(name, root, options)
     kept = _kept.get()
-    if kept is None or is_path(name):
+    if kept is None:
         return builder(name)(root, **options)
     key = repr((name, root, sorted(options.items())))
     if key not in kept:

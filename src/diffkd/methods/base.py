@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, nearest, told
 from diffkd.features.maps import matched
 from diffkd.features.pairs import Feature as Feature
 from diffkd.features.pairs import Pair as Pair
@@ -348,4 +348,11 @@ class _Configured:
         self.stages, self.uses_logits, self.weight = kind.stages, kind.uses_logits, kind.weight
 
     def __call__(self, setup: Setup) -> Method:
-        return self.kind(setup, **self.options)  # type: ignore[call-arg]
+        try:
+            return self.kind(setup, **self.options)  # type: ignore[call-arg]
+        except UserError:
+            raise
+        except Exception as error:
+            if self.kind.__module__.startswith("diffkd."):
+                raise
+            raise UserError(f"method '{self.kind.__name__}' cannot be built: {told(error)}") from error

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, nearest, told
 from diffkd.names import check_kind, is_path, load_object, load_submodule, submodules
 
 PART_WEIGHTS = ("encoder_weights", "backbone_weights")  # options that name a file, or published weights
@@ -59,7 +59,7 @@ def build(
         return _build_outside(name, known, options)
     source, model = _source(name)
     if options and not _open_ended(source.build):
-        _check_options(name, source.build, options)
+        _check_options(name, source.build, options, hidden="name")
     return source.build(model, **{**known, **options})  # type: ignore[no-any-return]
 
 
@@ -127,10 +127,11 @@ def _build_outside(name: str, known: dict[str, Any], options: dict[str, Any]) ->
         known = {k: v for k, v in known.items() if k in takes}
     try:
         model = function(**{**known, **options})
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(
-            f"model '{name}' cannot be built: {reason}; student.options or teacher.options add arguments"
+            f"model '{name}' cannot be built: {told(error)}; student.options or teacher.options add arguments"
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model '{name}' returned {type(model).__name__}, not a torch.nn.Module")
@@ -141,8 +142,8 @@ def _open_ended(function: Any) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
-def _check_options(name: str, function: Any, options: Mapping[str, Any]) -> None:
-    takes = [n for n in inspect.signature(function).parameters if n != "name"]
+def _check_options(name: str, function: Any, options: Mapping[str, Any], hidden: str = "") -> None:
+    takes = [n for n in inspect.signature(function).parameters if n != hidden]
     for option in options:
         if option not in takes:
             raise UserError(f"model '{name}' takes no option '{option}'{nearest(option, takes)}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from diffkd.batch import Batch, as_batch, to_device
-from diffkd.errors import UserError
+from diffkd.errors import UserError, told
 from diffkd.maths.randomness import generators_kept, mix, seed_sample
 from diffkd.pictures.memory import together
 
@@ -205,6 +205,8 @@ class _Seeded(Dataset[Any]):
                 except UserError as error:
                     # as a value: raised in a loader process, it would come with a traceback for a message
                     return error
+                except Exception as error:  # of a data set of somebody's own
+                    return UserError(f"sample {index} of the data cannot be had: {told(error)}")
         return rows
 
 
@@ -218,5 +220,22 @@ class _Collate:
         rows = [row for row in rows if row[0] is not None]
         if not rows:
             return None
-        batch = as_batch(self.collate([sample for sample, _ in rows]))
+        samples = [sample for sample, _ in rows]
+        try:
+            batch = as_batch(self.collate(samples))
+        except UserError as error:
+            return error
+        except Exception as error:
+            return UserError(f"samples do not make a batch: {told(error)}{_hint(samples)}")
         return batch._replace(indices=torch.tensor([index for _, index in rows]))
+
+
+def _hint(samples: list[Any]) -> str:
+    """What is odd about samples that do not go together, where that is known."""
+    pairs = [sample for sample in samples if isinstance(sample, tuple | list) and len(sample) == 2]
+    if any(target is None for _, target in pairs):
+        return "; a target is None: give the image alone where there is no label"
+    shapes = {tuple(image.shape) for image, _ in pairs if isinstance(image, Tensor)}
+    if len(shapes) > 1:
+        return f"; images differ in size, {' and '.join(map(str, sorted(shapes)[:2]))}: resize them, or give Data a collate"
+    return ""

@@ -4,11 +4,10 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from diffkd.errors import UserError, kind_of, nearest
 from diffkd.names import is_path
-from diffkd.recipe.reading import parse, read_file
+from diffkd.recipe.reading import read_file
+from diffkd.recipe.words import NAMED, keys_of, parse_override
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -44,11 +43,13 @@ def read_layers(name: str, overrides: Sequence[str], methods: Sequence[str] = ()
         merged = _merge(merged, _normalize(layer, str(place)), replace=("method", "taps"))
     trusted: Container[str] = set(methods)
     chosen = any(override.startswith("method=") for override in overrides)
-    for key, value in sorted(map(_parse_override, overrides), key=_depth):
+    for key, value in sorted(map(parse_override, overrides), key=_depth):
         if key == "base":
             raise UserError("command line: 'base' belongs in a file")
         if key == "trust":
-            trusted = _Everything() if value is True else trusted
+            if not isinstance(value, bool):
+                raise UserError("command line: trust: needs true or false")
+            trusted = _Everything() if value else trusted
             continue
         _check_method(key, merged, methods, chosen)
         layer = _normalize(_nest(key, value), "command line")
@@ -70,7 +71,7 @@ class _Everything:
 
 def _check_method(key: str, merged: dict[str, Any], methods: Sequence[str], chosen: bool) -> None:
     """Refuses an option of a method that is not used, where the command line says which are."""
-    section, *rest = _keys(key)
+    section, *rest = keys_of(key)
     used = merged.get("method") or {}
     if section == "method" and rest and chosen and rest[0] not in {*used, *methods}:
         raise UserError(
@@ -81,7 +82,7 @@ def _check_method(key: str, merged: dict[str, Any], methods: Sequence[str], chos
 
 def code_names(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The keys of a recipe that name code outside the library, with what they name."""
-    for section, name in (*_NAMED.items(), ("method", "")):
+    for section, name in (*NAMED.items(), ("method", "")):
         part = content.get(section)
         if isinstance(part, dict):
             names = list(part) if section == "method" else [part.get(name)]
@@ -137,54 +138,19 @@ def _find_base(base: str, place: Path) -> Path:
     raise UserError(f"{place}: base: unknown recipe '{base}'{nearest(base, builtin())}")
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"command line: '{override}' is not key=value")
-    if key in _TEXT or (key.startswith("data.") and key[5:] in _TEXT_OPTIONS):
-        return key, None if text in ("", "null") else text  # the words are the text
-    try:
-        return key, parse(text) if text else None
-    except yaml.YAMLError as error:
-        raise UserError(f"command line: {key}: '{text}' cannot be read") from error
-
-
-# Keys whose values are text, whatever YAML would take the words for.
-_TEXT = {"output", "data.name", "data.root", "task.name"}
-_TEXT |= {f"{side}.{key}" for side in ("student", "teacher") for key in ("model", "weights")}
-_TEXT_OPTIONS = {"dataset", "subset", "train_split", "test_split", "test_folder", "augment"}
-_TEXT_OPTIONS |= {"path_column", "image_column", "label_column", "mask_column"}
-
-
 def _depth(override: tuple[str, Any]) -> tuple[int, bool]:
     """What a section is before what is in it: `data=table` keeps a `data.root=...` that stands before it."""
-    parts = _keys(override[0])
-    return len(parts), parts[-1] != _NAMED.get(parts[0])
-
-
-def _keys(key: str) -> list[str]:
-    """The parts of `a.b.c`; the name of a method may itself hold dots (`my.losses:MyLoss.power`).
-
-    >>> _keys("method.my_losses.py:MyLoss.power")
-    ['method', 'my_losses.py:MyLoss', 'power']
-    """
-    section, _, rest = key.partition(".")
-    where, colon, inside = rest.partition(":")
-    if section != "method" or not colon:
-        return key.split(".")
-    name, *options = inside.split(".")
-    return [section, f"{where}:{name}", *options]
+    parts = keys_of(override[0])
+    return len(parts), parts[-1] != NAMED.get(parts[0])
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:
     """`a.b.c=v` as nested mappings."""
-    for part in reversed(_keys(key)):
+    for part in reversed(keys_of(key)):
         value = {part: value}
     return value  # type: ignore[no-any-return]
 
 
-_NAMED = {"task": "name", "data": "name", "optimizer": "name", "schedule": "name"}
-_NAMED |= {"teacher": "model", "student": "model"}
 # Keys that outlive a change of name.
 _GENERIC = {
     "task": {"weight"},
@@ -205,7 +171,7 @@ _EITHER = {
 def _normalize(layer: dict[str, Any], where: str) -> dict[str, Any]:
     """A layer with every short form written out."""
     layer = dict(layer)
-    for section, name in _NAMED.items():
+    for section, name in NAMED.items():
         if isinstance(layer.get(section), str):
             layer[section] = {name: layer[section]}
     if "method" in layer:
@@ -250,7 +216,7 @@ def _survivors(section: str, before: dict[str, Any], value: dict[str, Any]) -> d
     for pair in _EITHER.get(section, ()):
         said = [key for key in pair if value.get(key) is not None]
         before = {key: v for key, v in before.items() if key not in pair or not said or key in said}
-    name = _NAMED.get(section)
+    name = NAMED.get(section)
     if name is None or name not in value or value[name] == before.get(name):
         return before
     kept = {key: v for key, v in before.items() if key in _GENERIC.get(section, ())}

@@ -51,8 +51,21 @@ def parse(text: str) -> Any:
     >>> parse("{lr: 5e-4, from: 2026-11-31}")
     {'lr': 0.0005, 'from': '2026-11-31'}
     """
+    return _parsed(text, _Loader)
+
+
+def parse_texts(text: str) -> Any:
+    """As `parse`, but every plain value is the text that stands there.
+
+    >>> parse_texts("[no, 1, 2.50]")
+    ['no', '1', '2.50']
+    """
+    return _parsed(text, yaml.BaseLoader)
+
+
+def _parsed(text: str, loader: Any) -> Any:
     try:
-        found = yaml.load(text, _Loader)
+        found = yaml.load(text, loader)
     except yaml.YAMLError:
         raise
     except RecursionError:

@@ -14,6 +14,7 @@ from diffkd.recipe.base import Count, NotNegative, Positive, Section
 from diffkd.recipe.errors import first_error
 from diffkd.recipe.files import RECIPES, code_names, read_layers
 from diffkd.recipe.training import CosineSchedule, OptimizerRecipe, ScheduleRecipe, Sgd, TrainerRecipe
+from diffkd.recipe.words import own_texts
 
 
 class OpenSection(Section):
@@ -247,6 +248,7 @@ def load(
     for key, code in code_names(content):
         if not trust and code not in trusted:
             raise UserError(f"{place}: {key} '{code}' would run code; add trust=true if you trust it")
+    own_texts(content, overrides)
     if (place.parent / "checkpoints").is_dir() and isinstance(content.get("optimizer"), dict):
         # a run's own recipe: before weights were told apart, everything decayed
         content["optimizer"].setdefault("no_decay", "none")

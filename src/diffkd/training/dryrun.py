@@ -1,13 +1,10 @@
 """One training step tried before any work: what fails in training mode alone shows at once."""
 
-import traceback
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from diffkd.batch import Batch
-from diffkd.errors import UserError
+from diffkd.errors import UserError, told
 from diffkd.maths.randomness import random_state, set_random_state
 
 _FAILURES = (
@@ -64,10 +61,7 @@ def try_step(step: nn.Module, sample: Batch, student: str) -> list[str]:
 
 
 def _refusal(error: Exception, student: str, count: int) -> str:
-    said = str(error).splitlines()[0] if str(error) else "it says nothing more"
-    hint = next((f"; {hint}" for words, hint in _HINTS.items() if words in said), "")
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if "site-packages" in last.filename else f" ({Path(last.filename).name}, line {last.lineno})"
+    hint = next((f"; {hint}" for words, hint in _HINTS.items() if words in str(error)), "")
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     what = f"student '{student}': a training step on {pictures} fails"
-    return f"{what}: {type(error).__name__}: {said}{where}{hint}"
+    return f"{what}: {told(error)}{hint}"

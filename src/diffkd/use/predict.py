@@ -227,13 +227,13 @@ def _finish(student: Student, folder: Path, rows: Sequence[dict[str, Any]]) -> N
     if isinstance(student.task, Detection):
         content = _coco(rows, student.class_names)
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / "predictions.json", lambda place: place.write_text(text, encoding="utf-8"))
+    write_atomically(folder / "predictions.json", lambda place: place.write_text(text, encoding="utf-8", errors="backslashreplace"))
     if isinstance(student.task, Classification):
         write_atomically(folder / "predictions.csv", lambda place: _table(place, rows))
 
 
 def _table(place: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with place.open("w", encoding="utf-8", newline="") as file:
+    with place.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         most = max((len(row["top"]) for row in rows), default=0)
         ranks = [f"{what}_{i + 1}" for i in range(most) for what in ("class", "probability")]
