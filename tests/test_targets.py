@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffkd import Batch
-from diffkd.data.base import Data
+from diffkd import Batch, Distiller
+from diffkd.data.base import Data, Loader
+from diffkd.data.base import build as build_data
 from diffkd.errors import UserError
 from diffkd.pictures.memory import mix_batch
+from diffkd.recipe.schema import check_options, load
 from diffkd.tasks.classification import Classification
 
 DATA = """
@@ -128,3 +130,81 @@ def test_mixup_of_a_label_out_of_range_is_found():
     classes.loss(torch.zeros(2, 3), mixed)
     with pytest.raises(UserError, match="2 targets are neither"):
         classes.check_seen()
+
+
+OWN = """
+import torch
+from diffkd import Data, Method
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, kind): self.kind = kind
+    def __len__(self): return 12
+    def __getitem__(self, i):
+        if self.kind == "raises" and i == 7:
+            raise KeyError("seven")
+        size = 8 if self.kind != "sizes" or i % 2 else 9
+        return torch.rand(3, size, size), None if self.kind == "none" else i % 3
+
+def build(*, kind: str = "", words: str = "?", several: list[str] | None = None):
+    return Data(Rows(kind), Rows(kind), 3, (3, 8, 8)) if kind != "nothing" else None
+
+def broken(root): return 1 / 0
+def two(root, other): return None
+
+def net(num_classes, name: str = "x", width: int = 2):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, num_classes))
+
+class Mine(Method):
+    def __init__(self, setup): super().__init__(setup)
+    def forward(self, student, teacher, batch): return {}
+"""
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "options", "said"),
+    [
+        ("build", None, {"kind": "none"}, "samples do not make a batch: TypeError: .*a target is None"),
+        (
+            "build",
+            None,
+            {"kind": "sizes"},
+            r"images differ in size, \(3, 8, 8\) and \(3, 9, 9\)",
+        ),
+        ("build", None, {"kind": "raises"}, r"sample 7 .* be had: KeyError: 'seven' \(own.py, line 10\)"),
+        ("build", None, {"kind": "nothing"}, "data 'own.py:build' gave a NoneType, not a diffkd.Data"),
+        ("build", "x", {}, "'own.py:build' takes no data.root"),
+        ("broken", "x", {}, r"cannot be built: ZeroDivisionError: division by zero \(own.py, line \d+\)"),
+        ("two", "x", {}, "its argument 'other' needs a default behind a `\\*`"),
+    ],
+)
+def test_mistakes_in_code_of_ones_own_are_one_line(code, name, root, options, said):
+    with pytest.raises(UserError, match=said) as caught:
+        list(Loader(build_data(f"own.py:{name}", root, options).train, 4, shuffle=False).epoch())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["no", "2024-11-25", "1e3", "a: b", "~x", "#1"])
+def test_options_of_ones_own_code_that_are_text_are_the_words(code, tiny, text):
+    words = ["data=own.py:build", f"data.words={text}", "data.several=[no, 1]", "student=own.py:net"]
+    words += [f"student.options.name={text}", "student.options.width=4"]
+    recipe = load(str(tiny), words)
+    assert recipe.data.options == {"words": text, "several": ["no", "1"]}
+    assert recipe.student.options == {"name": text, "width": 4}
+    check_options(recipe)
+    with pytest.raises(UserError, match="trust: needs true or false"):
+        load(str(tiny), ["trust=maybe"])
+
+
+def test_a_method_of_ones_own_that_cannot_be_built_is_one_line(code):
+    with pytest.raises(UserError, match=r"method 'Mine' cannot be built: TypeError: .* \(own.py, line \d+\)"):
+        Distiller(*models(), None, "own.py:Mine", torch.rand(2, 3, 8, 8))
+
+
+def models():
+    return [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)) for _ in range(2)]

@@ -212,8 +212,18 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
     check_options(recipe)
     _check_labels(recipe)
     said = recipe.data
-    data = build(said.name, said.root, said.options, val_fraction=said.val_fraction, test_on=said.test_on)
+    data = build(
+        said.name,
+        said.root,
+        said.options,
+        val_fraction=said.val_fraction,
+        test_on=said.test_on,
+        limit=said.limit,
+        class_weights=said.class_weights,
+    )
     task = task_class(recipe.task.name)(data, **recipe.task.options)
+    if data.class_weights and not task.weighs_classes:
+        raise UserError(f"data.class_weights: task '{recipe.task.name}' weighs no classes")
     student = build_side(recipe.student, data, resizes=task.resizes)
     teacher = None
     if with_teacher and recipe.teacher is not None:

@@ -172,10 +172,13 @@ class Distiller(nn.Module):
             taps, [choice.build for choice in builders.values()], self._framed(sample), logits
         )
         self.methods = nn.ModuleDict()
+        independent = getattr(self._roles, "independent", False)
         for name, (build, *_) in builders.items():
             assert teacher is not None
             wanted = _wanted(self.pairs, build if taps is None else None, self._stages)
-            setup = Setup(wanted, student, teacher, num_classes, dataset_size)
+            if independent:
+                wanted = tuple(p for p in wanted if not p.is_logits or getattr(build, "binary", False))
+            setup = Setup(wanted, student, teacher, num_classes, dataset_size, independent)
             self.methods[name] = build(setup).to(_device(student))
 
     if TYPE_CHECKING:

@@ -1,23 +1,26 @@
 """What a data set is, and how one is found by its name and built."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError, told
 from diffkd.names import check_kind, is_path, load_object, load_submodule, options_of, submodules
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Part, Source, shared_files
-from diffkd.pictures.held import hold_out_samples
+from diffkd.pictures.held import classes_in, hold_out_samples, part_of
 from diffkd.pictures.loading import BatchedSplit as BatchedSplit
 from diffkd.pictures.loading import Loader as Loader
 from diffkd.pictures.loading import Samples as Samples
 from diffkd.pictures.loading import Split as Split
-from diffkd.pictures.memory import ArraySplit, channel_statistics
+from diffkd.pictures.memory import ArraySplit, channel_statistics, some
 from diffkd.pictures.view import TestView
 
 if TYPE_CHECKING:  # it brings timm and torchvision, which arrays do without
@@ -42,6 +45,7 @@ class Data:
         notes: what was decided for the user (a held-out share, a folder chosen), one line each.
         val: samples to choose on (epochs, settings), seen as test ones are; None where there are none.
         test_held_out: the test split is a part of the training data, for there was no other.
+        class_weights: of each class in the loss; empty for 1 each.
     """
 
     train: Split
@@ -56,6 +60,7 @@ class Data:
     notes: tuple[str, ...] = ()
     val: Split | None = None
     test_held_out: bool = False
+    class_weights: tuple[float, ...] = ()
 
     def with_validation(self, fraction: float) -> "Data":
         """The same with a share of the training samples (of every class, where known) held out as `val`.
@@ -78,6 +83,58 @@ class Data:
         note = "the validation samples stand for the test samples, which are not used"
         return replace(self, test=self.val, val=None, notes=(*self.notes, note))
 
+    def limited(self, limit: float) -> "Data":
+        """The same with fewer training samples, always the same, of every class alike where known.
+
+        Args:
+            limit: how many, or their share below 1.
+
+        >>> import torch
+        >>> split = ArraySplit(torch.zeros(20, 1, 8, 8), torch.arange(20) % 2)
+        >>> len(Data(split, split, 2, (1, 8, 8)).limited(0.2).train)
+        4
+        """
+        count = len(self.train)
+        number = max(round(limit * count), 1) if limit < 1 else int(limit)
+        if number >= count:
+            return self
+        kept = some(count, number, classes_in(self.train))
+        note = f"data.limit: {len(kept):,} of {count:,} training samples are used"
+        return replace(self, train=part_of(self.train, kept, training=True), notes=(*self.notes, note))
+
+    def weighted(self, weights: Literal["balanced"] | Sequence[float]) -> "Data":
+        """The same with a weight for each class in the loss.
+
+        Args:
+            weights: one a class; or "balanced": N / (K * n) for a class of n of the N samples.
+
+        Raises:
+            UserError: the classes are not known, or there are more or fewer than weights.
+
+        >>> import torch
+        >>> split = ArraySplit(torch.zeros(4, 1, 8, 8), torch.tensor([0, 0, 0, 1]))
+        >>> Data(split, split, 2, (1, 8, 8)).weighted("balanced").class_weights
+        (0.6666666666666666, 2.0)
+        """
+        count = self.num_classes or 0
+        if weights != "balanced":
+            if len(weights) != count:
+                raise UserError(f"data.class_weights has {len(weights)} weights for {count} classes")
+            return replace(self, class_weights=tuple(map(float, weights)))
+        labels = classes_in(self.train)
+        if labels is None:
+            raise UserError(
+                "data.class_weights=balanced: the samples' classes are not listed; give a weight each"
+            )
+        found = np.bincount(labels[(labels >= 0) & (labels < count)], minlength=count)
+        shares = found.sum() / (count * np.maximum(found, 1))
+        told = ", ".join(f"{name} {weight:.3g}" for name, weight in _named(self, np.where(found, shares, 0)))
+        return replace(
+            self,
+            class_weights=tuple(np.where(found, shares, 0.0).tolist()),
+            notes=(*self.notes, f"weights of classes in the loss: {told}"),
+        )
+
     @property
     def summary(self) -> str:
         """How much there is, in a line.
@@ -87,6 +144,12 @@ class Data:
         """
         classes = "" if self.num_classes is None else f"{self.num_classes} classes, "
         return f"{classes}{len(self.train):,} + {len(self.test):,} pictures"
+
+
+def _named(data: Data, values: Iterable[float], most: int = 10) -> list[tuple[str, float]]:
+    """The first values with their classes' names."""
+    names = data.class_names or tuple(map(str, range(data.num_classes or 0)))
+    return list(islice(zip(names, values, strict=True), most))
 
 
 def of_pictures(
@@ -221,6 +284,8 @@ def build(
     *,
     val_fraction: float | None = None,
     test_on: Literal["test", "val"] = "test",
+    limit: float | None = None,
+    class_weights: Literal["balanced"] | Sequence[float] | None = None,
 ) -> Data:
     """The data set of a name, a root and options, as `builder` finds it.
 
@@ -231,6 +296,8 @@ def build(
         val_fraction: share of the training samples held out: as the test split where there is none, else
             as `Data.val`, unless the data set says that itself.
         test_on: "val" puts what is held out, a tenth if not said, in the test split's place.
+        limit: how many training samples are used, or their share below 1; None for all.
+        class_weights: see `Data.weighted`.
 
     Raises:
         UserError: it cannot be built.
@@ -245,7 +312,9 @@ def build(
     served = data.test_held_out or (own and is_path(name))
     if data.val is None and (test_on == "val" or (val_fraction is not None and not served)):
         data = data.with_validation(val_fraction or VAL_FRACTION)
-    return data.on_validation() if test_on == "val" else data
+    data = data.on_validation() if test_on == "val" else data
+    data = data if limit is None else data.limited(limit)
+    return data if class_weights is None else data.weighted(class_weights)
 
 
 def _built(name: str, root: str | None, options: dict[str, Any]) -> Data:

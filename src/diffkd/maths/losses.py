@@ -48,6 +48,31 @@ def kl_divergence(
     return masked_mean(divergence, valid) * temperature**2
 
 
+def binary_divergence(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None
+) -> Tensor:
+    """KL divergence of softened yes and no of every class `(B, K, *S)`: mean over all, times tau^2.
+
+    For classes that do not exclude one another: each score goes through a sigmoid of its own, as in
+    Multi-Label Knowledge Distillation (ICCV 2023, arXiv 2308.06453).
+
+    Args:
+        student: the student's logits.
+        teacher: the teacher's logits.
+        temperature: tau, which both are divided by.
+        valid: positions that count, `(B, *S)`; None for all.
+
+    >>> import torch
+    >>> z = torch.randn(4, 10)
+    >>> binary_divergence(z, z, 4.0).item()
+    0.0
+    """
+    ours, theirs = (precise(z) / temperature for z in (student, teacher))
+    yes = theirs.sigmoid() * (F.logsigmoid(theirs) - F.logsigmoid(ours))
+    no = (-theirs).sigmoid() * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+    return masked_mean(yes + no, valid) * temperature**2
+
+
 def hard_targets(targets: Any, logits: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The class of each sample or position, and where there is one.
 

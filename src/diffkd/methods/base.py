@@ -28,6 +28,7 @@ class Setup:
             reference to the teacher holds it in a tuple, so that it is not among its parameters.
         num_classes: None where the task has none.
         dataset_size: number of training samples, for methods with a memory; None where unknown.
+        independent: class scores stand for a sigmoid each, for a picture may show several classes.
     """
 
     pairs: tuple[Pair, ...]
@@ -35,6 +36,7 @@ class Setup:
     teacher: nn.Module = field(repr=False)
     num_classes: int | None = None
     dataset_size: int | None = None
+    independent: bool = False
 
     @property
     def features(self) -> tuple[Pair, ...]:
@@ -92,6 +94,8 @@ class Method(nn.Module, ABC):
         stages: which feature pairs are tapped for it where the user names none: the last map, one
             map of each resolution, or none.
         uses_logits: whether it wants the models' class scores.
+        binary: whether it can do with scores of classes that do not exclude one another; where not, it
+            gets features alone.
         weight: of all its losses beside the supervised ones, where the user says none: its paper's.
         search: options worth a choice by trials beside the weight, and between what.
         figures: scalars worth watching that are not losses (detached), refreshed by `forward`.
@@ -99,6 +103,7 @@ class Method(nn.Module, ABC):
 
     stages: ClassVar[Literal["none", "last", "all"]] = "last"
     uses_logits: ClassVar[bool] = True
+    binary: ClassVar[bool] = False
     weight: ClassVar[float] = 1.0
     search: ClassVar[tuple[Range | Choice, ...]] = ()
 
@@ -181,13 +186,19 @@ def needed_logits(setup: Setup, method: str, *, standardized: bool = False) -> t
     Raises:
         UserError: there is none, it is not of that kind, or it has too few classes to teach anything.
     """
+    if not setup.logits and setup.independent:
+        raise UserError(
+            f"method '{method}' sends class scores through a softmax, which task.multi_label has not: use "
+            "kd, or a method on features"
+        )
     if not setup.logits:
         raise UserError(
             f"method '{method}' needs class scores to distil; tap the models' output: taps={{'': ''}}"
         )
     for pair in setup.logits:
         check_pair(pair, method)
-        check_classes(pair.name, pair.teacher.channels)
+        if not setup.independent:
+            check_classes(pair.name, pair.teacher.channels)
         if standardized and pair.teacher.channels == 2:
             raise UserError(
                 f"method '{method}', tap '{pair.name}': of two standardized class scores only their order is "
@@ -346,6 +357,7 @@ class _Configured:
                     f"method '{kind.__name__}' takes no option '{option}'{nearest(option, known)}"
                 )
         self.stages, self.uses_logits, self.weight = kind.stages, kind.uses_logits, kind.weight
+        self.binary = kind.binary
 
     def __call__(self, setup: Setup) -> Method:
         try:

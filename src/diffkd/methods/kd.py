@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffkd.batch import Batch
+from diffkd.errors import UserError
 from diffkd.features.maps import matched
-from diffkd.maths.losses import kl_divergence, precise, standardize
+from diffkd.maths.losses import binary_divergence, kl_divergence, precise, standardize
 from diffkd.methods.base import Method, Range, Setup, needed_logits, temperature_for
 
 
@@ -19,6 +20,8 @@ class KD(Method):
     ResNet-18): temperature 1, weights 0.5 and 0.5; standardized: temperature 2, 9 and 0.1.
 
     Serves classification, and class scores per position (segmentation), of which void ones are left out.
+    Where classes do not exclude one another (`task.multi_label`) the divergence is that of each class's
+    yes and no, a mean over classes.
 
     Use it first: it needs class scores alone, serves models of any kind, costs next to nothing, and
     is what every other method is measured against.
@@ -44,6 +47,7 @@ class KD(Method):
     """
 
     stages = "none"
+    binary = True
     weight = 0.9
     search = (Range("temperature", 1.0, 10.0),)
 
@@ -51,7 +55,10 @@ class KD(Method):
         super().__init__()
         pairs = needed_logits(setup, "kd", standardized=standardize)
         self.temperatures = {pair.name: temperature_for(pair, temperature) for pair in pairs}
+        if standardize and setup.independent:
+            raise UserError("method 'kd': standardize=true compares classes, which task.multi_label does not")
         self.standardize = standardize
+        self.divergence = binary_divergence if setup.independent else kl_divergence
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
@@ -62,5 +69,5 @@ class KD(Method):
             ours, theirs, valid = matched(precise(student[name]), precise(teacher[name]), batch.valid)
             if self.standardize:
                 ours, theirs = standardize(ours), standardize(theirs)
-            losses[f"{name}.kd"] = kl_divergence(ours, theirs, temperature, valid)
+            losses[f"{name}.kd"] = self.divergence(ours, theirs, temperature, valid)
         return losses

@@ -237,5 +237,6 @@ def _hint(samples: list[Any]) -> str:
         return "; a target is None: give the image alone where there is no label"
     shapes = {tuple(image.shape) for image, _ in pairs if isinstance(image, Tensor)}
     if len(shapes) > 1:
-        return f"; images differ in size, {' and '.join(map(str, sorted(shapes)[:2]))}: resize them, or give Data a collate"
+        two = " and ".join(map(str, sorted(shapes)[:2]))
+        return f"; images differ in size, {two}: resize them, or give Data a collate"
     return ""

@@ -136,6 +136,27 @@ def channel_statistics(images: Tensor, chunk: int = 1024) -> tuple[tuple[float, 
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+def some(count: int, number: int, labels: np.ndarray | None = None) -> np.ndarray:
+    """Some of the places 0 to `count - 1`, the same at every call, in rising order; of every class alike.
+
+    Args:
+        count: how many samples there are.
+        number: how many of them.
+        labels: `(count,)` class of each sample; None draws regardless of class.
+
+    >>> places = some(100, 10, np.arange(100) % 2)
+    >>> len(places), int((places % 2).sum())
+    (10, 5)
+    """
+    random = np.random.default_rng(0)
+    groups = np.zeros(count, np.int64) if labels is None else np.asarray(labels)
+    turn = np.empty(count)
+    for group in np.unique(groups):
+        members = random.permutation(np.flatnonzero(groups == group))
+        turn[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.sort(np.lexsort((random.permutation(count), turn))[:number])
+
+
 def hold_out(count: int, fraction: float, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Places to train on and places to test on, the same at every call; both in rising order.
 
@@ -236,8 +257,8 @@ def mix_batch(
 
 
 def _as_probabilities(targets: Tensor, num_classes: int) -> Tensor:
-    if targets.is_floating_point():
-        return targets
+    if targets.is_floating_point() or targets.dim() == 2:
+        return targets.float()
     # not F.one_hot, which reads the targets back where it checks their range
     blank = torch.zeros(len(targets), num_classes, device=targets.device)
     labels = targets.long()[:, None]

@@ -52,6 +52,9 @@ class DataRecipe(OpenSection):
             where there is none, else for validation.
         test_on: `val` puts the validation samples (a tenth if `val_fraction` is not said) in the place of
             the test samples, which are then not used: to try settings without a look at the test data.
+        limit: how many training samples are used, or their share below 1, of every class alike: to try
+            whether a run works.
+        class_weights: of each class in the loss, in their order; `balanced` makes rare ones count as much.
         mixup, cutmix: parameters of their Beta distributions; 0 leaves them out. The share and the kind
             are drawn for a batch; each device mixes its own part of it.
     """
@@ -63,6 +66,8 @@ class DataRecipe(OpenSection):
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     test_on: Literal["test", "val"] = "test"
+    limit: Annotated[float, Field(gt=0, lt=1)] | Count | None = None
+    class_weights: list[NotNegative] | Literal["balanced"] | None = None
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
 

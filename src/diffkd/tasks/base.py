@@ -63,16 +63,21 @@ class Task(ABC):
         metric_label: what tables call it.
         logits: taps of the model's output that are class scores, class axis first.
         resizes: pictures may be resized to what a model wants.
+        independent: class scores go through a sigmoid each and not through a softmax, for a picture may
+            show several classes.
+        weighs_classes: its loss weighs classes by `Data.class_weights`.
 
     Args:
         data: the data set the task runs on.
     """
 
-    metric: ClassVar[str]
-    metric_label: ClassVar[str]
+    metric: str
+    metric_label: str
     higher_is_better: ClassVar[bool] = True
     logits: ClassVar[tuple[str, ...]] = ("",)
     resizes: ClassVar[bool] = True
+    independent: bool = False
+    weighs_classes: ClassVar[bool] = False
 
     def __init__(self, data: Data) -> None:
         self.data = data

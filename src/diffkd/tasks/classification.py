@@ -1,5 +1,6 @@
-"""Image classification: one class per picture."""
+"""Image classification: one class per picture, or any number of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,192 @@ _COUNT = "mend it, or set the data's num_classes"
 _NEAR = 1e-2  # probabilities in half precision sum to 1 as nearly
 
 
+class Labels(ABC):
+    """What the targets of pictures are: how they are learned, checked and counted.
+
+    Args:
+        count: K, the number of classes.
+        smoothing: share of the target probability spread evenly over all that a target may be.
+        weights: of each class in the loss; empty for 1 each.
+    """
+
+    figure: str  # of merit, among those that `metrics` computes
+    figure_label: str
+    loss_name: str
+    wanted: str  # what targets must be
+
+    def __init__(self, count: int, smoothing: float, weights: tuple[float, ...]) -> None:
+        self.count, self.smoothing = count, smoothing
+        self._weights = torch.tensor(weights) if weights else None
+
+    def weights(self, device: torch.device) -> Tensor | None:
+        """Of each class in the loss `(K,)`, on a device; None for 1 each."""
+        if self._weights is not None:
+            self._weights = self._weights.to(device)
+        return self._weights
+
+    @abstractmethod
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Of scores `(B, K)` and usable targets, a scalar."""
+
+    @abstractmethod
+    def usable(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets that the loss takes, which of them are wrong `(B,)`, and an example of each `(B,)`."""
+
+    @abstractmethod
+    def misfit(self, targets: Any) -> str | None:
+        """What targets are that cannot be used, and the way out; None where they can be."""
+
+    @abstractmethod
+    def metrics(self) -> "MetricCollection":
+        """Fresh metrics over a whole data set."""
+
+    @abstractmethod
+    def update(self, metrics: "MetricCollection", scores: Tensor, targets: Tensor) -> None:
+        """Counts one batch in."""
+
+    @abstractmethod
+    def answers(self, scores: Tensor) -> Tensor:
+        """What scores say the targets are."""
+
+
+class OneClass(Labels):
+    """One class per picture: cross-entropy, top-1, top-5."""
+
+    figure, figure_label, loss_name = "top1", "top-1", "cross_entropy"
+
+    @property
+    def wanted(self) -> str:  # type: ignore[override]
+        """Class indices."""
+        return f"classification needs class indices (B,), integers of 0 to {self.count - 1}"
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return F.cross_entropy(
+            scores.float(), targets, self.weights(scores.device), label_smoothing=self.smoothing
+        )
+
+    def usable(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Class indices `(B,)`, those out of range left out; or probabilities `(B, K)`."""
+        if targets.dim() == 1:
+            values = targets.long()
+            wrong = ((values < 0) | (values >= self.count)) & (values != _LEFT_OUT)
+            return values.masked_fill(wrong, _LEFT_OUT), wrong, values
+        found = targets.float()
+        sums = found.sum(1)
+        return found, ~(((sums - 1).abs() < _NEAR) & (found >= 0).all(1)), sums
+
+    def misfit(self, targets: Any) -> str | None:
+        """Whatever is neither class indices nor class probabilities."""
+        count = self.count
+        if not isinstance(targets, Tensor):
+            return f"the targets are a {type(targets).__name__}; {self.wanted}"
+        kind, shape = str(targets.dtype).removeprefix("torch."), tuple(targets.shape)
+        whole = not targets.is_floating_point() and not targets.is_complex()
+        if targets.dim() == 1 and whole:
+            bad = targets[((targets < 0) | (targets >= count)) & (targets != _LEFT_OUT)]
+            return f"target {bad[0]} is no class of 0 to {count - 1}; {_COUNT}" if len(bad) else None
+        if targets.dim() != 2 or targets.shape[1] != count:
+            return f"the targets are {kind} {shape}; {self.wanted}"
+        sums = targets.double().sum(1)
+        binary = bool(((targets == 0) | (targets == 1)).all())
+        if binary and bool((sums != 1).any()):
+            return (
+                f"the targets are multi-hot {shape}, several classes or none for a picture; {self.wanted}; "
+                "task.multi_label=true learns several"
+            )
+        if whole:
+            found = "one-hot" if binary else kind
+            return (
+                f"the targets are {found} {shape}; {self.wanted}: give target.argmax() for each picture, or "
+                "set task.multi_label=true where a picture may show several"
+            )
+        if bool(((sums - 1).abs() > _NEAR).any()) or bool((targets < 0).any()):
+            far = sums[(sums - 1).abs().argmax()]
+            return (
+                f"the targets {shape} are no probabilities: a row sums to {far:.3g}; give class indices, or "
+                "target.softmax(0) of scores"
+            )
+        return None
+
+    def metrics(self) -> "MetricCollection":
+        """Top-1, and top-5 where there are more than five classes."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy
+
+        kinds = {"top1": 1} | ({"top5": 5} if self.count > 5 else {})
+        return MetricCollection(
+            {name: MulticlassAccuracy(self.count, top_k=k, average="micro") for name, k in kinds.items()},
+            compute_groups=False,
+        )
+
+    def update(self, metrics: "MetricCollection", scores: Tensor, targets: Tensor) -> None:
+        """Of class probabilities the largest is the class."""
+        metrics.update(scores, targets.argmax(1) if targets.dim() == 2 else targets)
+
+    def answers(self, scores: Tensor) -> Tensor:
+        """The classes with the highest scores, `(B,)`."""
+        return scores.argmax(1)
+
+
+class AnyClasses(Labels):
+    """Any number of classes per picture: binary cross-entropy of each, mean average precision."""
+
+    figure, figure_label, loss_name = "map", "mAP", "binary_cross_entropy"
+
+    @property
+    def wanted(self) -> str:  # type: ignore[override]
+        """Rows of 0 and 1."""
+        return f"task.multi_label needs targets (B, {self.count}) of 0 and 1"
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Mean over pictures and classes of the binary cross-entropy."""
+        smoothed = targets * (1 - self.smoothing) + self.smoothing / 2
+        return F.binary_cross_entropy_with_logits(scores.float(), smoothed, self.weights(scores.device))
+
+    def usable(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shares `(B, K)` of 0 to 1, as mixup makes of 0 and 1; rows with others count as none."""
+        found = targets.float()
+        wrong = ~((found >= 0) & (found <= 1)).all(1)  # nan is neither
+        return found.masked_fill(wrong[:, None], 0), wrong, found.nan_to_num(-1).amax(1)
+
+    def misfit(self, targets: Any) -> str | None:
+        """Whatever is no row of 0 and 1 for each picture."""
+        if not isinstance(targets, Tensor):
+            return f"the targets are a {type(targets).__name__}; {self.wanted}"
+        kind, shape = str(targets.dtype).removeprefix("torch."), tuple(targets.shape)
+        if targets.dim() != 2 or targets.shape[1] != self.count or targets.is_complex():
+            return f"the targets are {kind} {shape}; {self.wanted}"
+        odd = targets[~((targets >= 0) & (targets <= 1))]
+        return f"a target holds {odd[0]:g}; {self.wanted}" if len(odd) else None
+
+    def metrics(self) -> "MetricCollection":
+        """Mean average precision over the classes that occur, that of each class, and F1 at one half."""
+        from diffkd.maths.labels import label_metrics
+
+        return label_metrics(self.count)
+
+    def update(self, metrics: "MetricCollection", scores: Tensor, targets: Tensor) -> None:
+        """A share of one half or more counts as the class."""
+        metrics.update(scores.float().sigmoid(), (targets >= 0.5).long())
+
+    def answers(self, scores: Tensor) -> Tensor:
+        """Rows `(B, K)` of 0 and 1."""
+        return (scores > 0).long()
+
+
 class Classification(Task):
     """Cross-entropy on logits `(B, K)`; top-1 accuracy, and top-5 where there are more classes.
 
     Targets are class indices `(B,)` (-100 is left out of the loss), class probabilities `(B, K)` (mixup,
-    cutmix), or None.
+    cutmix), or None. With `multi_label` they are rows `(B, K)` of 0 and 1, any number of classes for a
+    picture: binary cross-entropy, mean average precision (mAP) and F1 at a probability of one half.
     Models give logits `(B, K)`, an object or dict with `logits`, or a tuple that begins with them; what
     they give of auxiliary heads in training is a loss of its own, `auxiliary`.
 
     Args:
         data: the data set; its number of classes must be known.
+        multi_label: pictures may show several classes, or none.
         label_smoothing: share of the target probability spread evenly over all classes.
         auxiliary_weight: of each auxiliary head's cross-entropy; None is 0.4 for a single head (Inception
             v3, arXiv 1512.00567), 0.3 for each of several (GoogLeNet, arXiv 1409.4842).
@@ -41,9 +218,15 @@ class Classification(Task):
 
     metric = "top1"
     metric_label = "top-1"
+    weighs_classes = True
 
     def __init__(
-        self, data: Data, *, label_smoothing: float = 0.0, auxiliary_weight: float | None = None
+        self,
+        data: Data,
+        *,
+        multi_label: bool = False,
+        label_smoothing: float = 0.0,
+        auxiliary_weight: float | None = None,
     ) -> None:
         super().__init__(data)
         if data.num_classes is None:
@@ -52,8 +235,13 @@ class Classification(Task):
             raise UserError(f"task.label_smoothing={label_smoothing}: needs at least 0 and less than 1")
         if auxiliary_weight is not None and auxiliary_weight < 0:
             raise UserError(f"task.auxiliary_weight={auxiliary_weight}: needs at least 0")
-        self.num_classes = data.num_classes
-        self.label_smoothing = label_smoothing
+        if data.num_classes < 2 and not multi_label:
+            raise UserError("the data has 1 class: classification needs 2 at least; name the other one, too")
+        self.num_classes, self.independent = data.num_classes, multi_label
+        self.labels: Labels = (AnyClasses if multi_label else OneClass)(
+            data.num_classes, label_smoothing, data.class_weights
+        )
+        self.metric, self.metric_label = self.labels.figure, self.labels.figure_label
         self.auxiliary_weight = auxiliary_weight
         self._wrong: Tensor | None = None  # targets met so far that are no classes, and one of them
 
@@ -63,27 +251,17 @@ class Classification(Task):
             return {}
         scores, heads = class_scores(output)
         targets = self._usable(batch.targets)
-        losses = {"cross_entropy": self._cross_entropy(scores, targets)}
+        losses = {self.labels.loss_name: self.labels.loss(scores, targets)}
         if heads:
             usual = 0.4 if len(heads) == 1 else 0.3
             weight = usual if self.auxiliary_weight is None else self.auxiliary_weight
-            several = torch.stack([self._cross_entropy(head, targets) for head in heads])
+            several = torch.stack([self.labels.loss(head, targets) for head in heads])
             losses["auxiliary"] = weight * several.sum()
         return losses
 
-    def _cross_entropy(self, scores: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(scores.float(), targets, label_smoothing=self.label_smoothing)
-
     def _usable(self, targets: Tensor) -> Tensor:
         """Targets that the loss takes; what is wrong is remembered, and the host does not wait."""
-        if targets.dim() == 1:
-            values = targets.long()
-            wrong = ((values < 0) | (values >= self.num_classes)) & (values != _LEFT_OUT)
-            usable = values.masked_fill(wrong, _LEFT_OUT)
-        else:
-            usable = targets.float()
-            values = usable.sum(1)
-            wrong = ~(((values - 1).abs() < _NEAR) & (usable >= 0).all(1))
+        usable, wrong, values = self.labels.usable(targets)
         example = values.detach().float().masked_fill(~wrong, float("-inf")).amax()
         now = torch.stack([wrong.sum().float(), example])
         before = now.new_tensor([0, float("-inf")]) if self._wrong is None else self._wrong
@@ -95,87 +273,48 @@ class Classification(Task):
         count, example = (0.0, 0.0) if self._wrong is None else self._wrong.tolist()
         self._wrong = None
         if count:
+            known = f"neither classes of 0 to {self.num_classes - 1} nor probabilities that sum to 1"
+            known = "not of 0 to 1" if self.independent else known
             raise UserError(
-                f"training data: {count:.0f} targets are neither classes of 0 to {self.num_classes - 1} nor "
-                f"probabilities that sum to 1 (found: {example:g}); mend them, or set the data's num_classes"
+                f"training data: {count:.0f} targets are {known} (found: {example:g}); mend them, or set the "
+                "data's num_classes"
             )
 
     def check_data(self, first: Callable[[Split], Any]) -> None:
         """Raises UserError unless the first targets are class indices or class probabilities."""
         for what, split in (("training", self.data.train), ("test", self.data.test)):
             targets = first(split)
-            wrong = None if targets is None else self._misfit(targets)
+            wrong = None if targets is None else self.labels.misfit(targets)
             if wrong is not None:
                 raise UserError(f"{what} data: {wrong}")
-
-    def _misfit(self, targets: Any) -> str | None:
-        """What targets are that the task cannot use, and the way out."""
-        count = self.num_classes
-        wanted = f"classification needs class indices (B,), integers of 0 to {count - 1}"
-        if not isinstance(targets, Tensor):
-            return f"the targets are a {type(targets).__name__}; {wanted}"
-        kind, shape = str(targets.dtype).removeprefix("torch."), tuple(targets.shape)
-        whole = not targets.is_floating_point() and not targets.is_complex()
-        if targets.dim() == 1 and whole:
-            bad = targets[((targets < 0) | (targets >= count)) & (targets != _LEFT_OUT)]
-            return f"target {bad[0]} is no class of 0 to {count - 1}; {_COUNT}" if len(bad) else None
-        if targets.dim() != 2 or targets.shape[1] != count:
-            return f"the targets are {kind} {shape}; {wanted}"
-        sums = targets.double().sum(1)
-        binary = bool(((targets == 0) | (targets == 1)).all())
-        if binary and bool((sums != 1).any()):
-            return (
-                f"the targets are multi-hot {shape}, several classes or none for a picture; {wanted}; "
-                "several need a task of your own: task=my_tasks.py:MyTask"
-            )
-        if whole:
-            found = "one-hot" if binary else kind
-            return f"the targets are {found} {shape}; {wanted}: give target.argmax() for each picture"
-        if bool(((sums - 1).abs() > _NEAR).any()) or bool((targets < 0).any()):
-            far = sums[(sums - 1).abs().argmax()]
-            return (
-                f"the targets {shape} are no probabilities: a row sums to {far:.3g}; give class indices, or "
-                "target.softmax(0) of scores"
-            )
-        return None
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         """Logits `(B, K)` of the main head."""
         return class_scores(self.run(model, batch))[0]
 
     def metrics(self) -> "MetricCollection":
-        """Top-1, and top-5 where there are more than five classes."""
-        from torchmetrics import MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy
-
-        kinds = {"top1": 1} | ({"top5": 5} if self.num_classes > 5 else {})
-        return MetricCollection(
-            {
-                name: MulticlassAccuracy(self.num_classes, top_k=k, average="micro")
-                for name, k in kinds.items()
-            },
-            compute_groups=False,
-        )
+        """Top-1, and top-5 where there are more than five classes; or mAP and F1."""
+        return self.labels.metrics()
 
     def update(self, metrics: "MetricCollection", output: Tensor, batch: Batch) -> None:
-        """Counts the logits of one batch in; of class probabilities the largest is the class.
+        """Counts the logits of one batch in.
 
         Raises:
-            UserError: the targets are no classes.
+            UserError: the targets are of another kind.
         """
-        wrong = self._misfit(batch.targets)
+        wrong = self.labels.misfit(batch.targets)
         if wrong is not None:
             raise UserError(f"test data: {wrong}")
-        metrics.update(output, batch.targets.argmax(1) if batch.targets.dim() == 2 else batch.targets)
+        self.labels.update(metrics, output, batch.targets)
 
     def answers(self, output: Tensor) -> Tensor:
-        """The classes with the highest scores, `(B,)`."""
-        return output.argmax(1)
+        """The classes with the highest scores, `(B,)`; of several labels a picture, rows `(B, K)`."""
+        return self.labels.answers(output)
 
     @property
     def chance(self) -> float | None:
-        """One class in K."""
-        return 1 / self.num_classes
+        """One class in K; of several labels a picture nothing is known."""
+        return None if self.independent else 1 / self.num_classes
 
     def check_output(self, output: Any, model: str) -> None:
         """Raises UserError unless the output is logits `(B, K)` of the data's K classes."""

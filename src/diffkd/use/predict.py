@@ -164,7 +164,8 @@ def _each(student: Student, answers: Any) -> list[Any]:
 def _writer(student: Student, folder: Path, top: int, threshold: float) -> Callable[..., dict[str, Any]]:
     names = student.class_names
     if isinstance(student.task, Classification):
-        return lambda place, image, size, scores: _classes(scores, names, top)
+        independent = student.task.independent
+        return lambda place, image, size, scores: _classes(scores, names, top, independent)
     if isinstance(student.task, Segmentation):
         return lambda place, image, size, labels: _map(folder, place, image, labels, names)
     if isinstance(student.task, Detection):
@@ -172,13 +173,17 @@ def _writer(student: Student, folder: Path, top: int, threshold: float) -> Calla
     return lambda place, image, size, answer: {"answer": _plain(answer)}
 
 
-def _classes(scores: Tensor, names: Sequence[str], top: int) -> dict[str, Any]:
-    shares, order = scores.float().softmax(0).sort(descending=True)
+def _classes(scores: Tensor, names: Sequence[str], top: int, independent: bool) -> dict[str, Any]:
+    shares = scores.float().sigmoid() if independent else scores.float().softmax(0)
+    shares, order = shares.sort(descending=True)
     best = [
         {"class": names[i], "probability": round(p, 6)}
         for i, p in zip(order[:top].tolist(), shares[:top].tolist(), strict=True)
     ]
-    return {"class": best[0]["class"], "probability": best[0]["probability"], "top": best}
+    found = {"class": best[0]["class"], "probability": best[0]["probability"], "top": best}
+    if independent:
+        found["classes"] = [names[i] for i in order[shares >= 0.5].tolist()]
+    return found
 
 
 def _map(folder: Path, place: Path, image: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
@@ -227,7 +232,10 @@ def _finish(student: Student, folder: Path, rows: Sequence[dict[str, Any]]) -> N
     if isinstance(student.task, Detection):
         content = _coco(rows, student.class_names)
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / "predictions.json", lambda place: place.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    write_atomically(
+        folder / "predictions.json",
+        lambda place: place.write_text(text, encoding="utf-8", errors="backslashreplace"),
+    )
     if isinstance(student.task, Classification):
         write_atomically(folder / "predictions.csv", lambda place: _table(place, rows))
 
