@@ -314,3 +314,10 @@ def test_options_of_a_method_of_ones_own_and_of_one_that_is_not_used(tmp_path):
     assert recipe(tmp_path, TINY, *words).method["a/b.py:My"].options == {"power": 1.5}
     with pytest.raises(UserError, match="'diffkd' is not among the methods \\(kd\\); say method=kd,diffkd"):
         recipe(tmp_path, TINY, "method=kd", "method.diffkd.num_steps=2")
+
+
+def test_published_figures_stay_only_where_models_and_training_do():
+    name = "imagenet/resnet34-resnet18"
+    assert load(name, ["seed=1", "method=dist"]).published["diffkd"] == 72.22
+    assert load(name, ["trainer.epochs=5"]).published == {}
+    assert "published" not in dump(load(name))

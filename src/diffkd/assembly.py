@@ -199,12 +199,13 @@ class Step(nn.Module):
         return supervised | dict(losses)
 
 
-def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
+def assemble(recipe: Recipe, *, with_teacher: bool = True, student: Side | None = None) -> Parts:
     """Builds what the recipe names, on the CPU; nothing is written.
 
     Args:
         recipe: the run.
         with_teacher: False leaves the teacher out.
+        student: a student that is there already.
 
     Raises:
         UserError: anything that the recipe names does not exist or does not fit.
@@ -224,7 +225,7 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True) -> Parts:
     task = task_class(recipe.task.name)(data, **recipe.task.options)
     if data.class_weights and not task.weighs_classes:
         raise UserError(f"data.class_weights: task '{recipe.task.name}' weighs no classes")
-    student = build_side(recipe.student, data, resizes=task.resizes)
+    student = student or build_side(recipe.student, data, resizes=task.resizes)
     teacher = None
     if with_teacher and recipe.teacher is not None:
         teacher = build_side(recipe.teacher, data, resizes=task.resizes)
@@ -307,7 +308,13 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
 
 
 @torch.no_grad()
-def evaluate(side: Side, task: Task, loader: Loader, reference: Side | None = None) -> Figures:
+def evaluate(
+    side: Side,
+    task: Task,
+    loader: Loader,
+    reference: Side | None = None,
+    show: Callable[[Batch, Any], None] | None = None,
+) -> Figures:
     """The task's figures, 0 to 1, of a model over a whole split, in the precision of its weights.
 
     Args:
@@ -315,6 +322,7 @@ def evaluate(side: Side, task: Task, loader: Loader, reference: Side | None = No
         task: computes the figures.
         loader: of the split.
         reference: the model whose answers stand for the labels where the pictures carry none.
+        show: is given every batch with the answers for it.
 
     Raises:
         UserError: the pictures carry no labels, and there is no reference.
@@ -323,12 +331,17 @@ def evaluate(side: Side, task: Task, loader: Loader, reference: Side | None = No
     for model, _ in modes:
         model.eval()
     metrics = task.metrics().to(loader.device)
+    for metric in metrics.values(copy_state=False):
+        metric.sync_on_compute = loader.world_size > 1  # else this process has seen all there is
     for batch in loader.epoch():
         if batch.targets is None:
             if reference is None:
                 raise UserError("the test pictures carry no labels, and there is no teacher to agree with")
             batch = batch._replace(targets=task.answers(reference.forward(task, batch)))
-        task.update(metrics, side.forward(task, batch), batch)
+        answers = side.forward(task, batch)
+        task.update(metrics, answers, batch)
+        if show is not None:
+            show(batch, answers)
     for model, training in modes:
         model.train(training)
     return Figures.of(metrics.compute())

@@ -81,7 +81,9 @@ def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Where the data are, or other data: data.root=..."),
+        typer.Argument(
+            metavar="[KEY=VALUE]... [output=FOLDER]", help="Where the data are, or others: data.root=..."
+        ),
     ] = None,
 ) -> None:
     """Evaluate a run's student on its test data again, or on other data."""
@@ -211,10 +213,12 @@ def clean(
 
 def _run(recipe: "Recipe") -> None:
     # Imported now, not at the top: a mistake in the recipe has already shown, without a wait.
-    from diffkd.report.summary import finish
+    from diffkd.data.base import data_kept
+    from diffkd.report.finish import finish
     from diffkd.training.control import fit_with_control
 
-    finish(fit_with_control(recipe))
+    with data_kept():
+        finish(fit_with_control(recipe))
 
 
 def main() -> None:

@@ -160,6 +160,8 @@ class Recipe(Section):
         output: the run's folder; null makes one in `runs`, named after recipe, methods and seed.
         resume: whether a run that was stopped goes on.
         control: whether `distill` also trains the student alone, as a run of its own.
+        published: by `teacher`, `none` (the student alone) and method, the figures that the literature gives
+            for these models and this training, in %; dropped where the command line changes either.
     """
 
     name: str = Field("run", exclude=True)
@@ -176,6 +178,7 @@ class Recipe(Section):
     output: str | None = None
     resume: bool = False
     control: bool = Field(False, exclude=True)
+    published: dict[str, float] = Field(default_factory=dict, exclude=True)
 
     def run_folder(self) -> Path:
         """Where the run is written: `output`, or a place under `runs/` named after the recipe."""
@@ -223,6 +226,7 @@ class Recipe(Section):
                 "output": None,
                 "resume": False,
                 "control": False,
+                "published": {},
             }
         )
 
@@ -259,11 +263,25 @@ def load(
         content["optimizer"].setdefault("no_decay", "none")
     if content.get("resume") and not content.get("output") and (place.parent / "checkpoints").is_dir():
         content["output"] = str(place.parent)  # a run's own recipe.yaml
+    if not all(map(_keeps_published, overrides)):
+        content.pop("published", None)
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("root"), str):
         data["root"] = os.path.abspath(os.path.expanduser(data["root"]))  # noqa: PTH100, PTH111
     where = f"recipe '{name}'" if place.is_relative_to(RECIPES) else str(place)
     return _validate(content, f"{where} with the command line" if overrides else where)
+
+
+def _keeps_published(word: str) -> bool:
+    """Whether an override leaves models and training as a recipe's published figures have them.
+
+    >>> [_keeps_published(word) for word in ("seed=1", "method=kd", "data.root=x", "trainer.epochs=1")]
+    [True, True, True, False]
+    """
+    key = word.partition("=")[0]
+    indifferent = ("output", "resume", "seed", "control", "trust", "data.root", "data.workers", "method")
+    how = ("accelerator", "devices", "num_nodes", "strategy", "threads", "progress", "keep", "log_every")
+    return key in indifferent or key.removeprefix("trainer.") in how
 
 
 def dump(recipe: Recipe) -> str:

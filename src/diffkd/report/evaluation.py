@@ -1,60 +1,234 @@
-"""A finished run's student, measured again."""
+"""A finished run's student, measured again: its figures, and where it errs."""
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
 
-from diffkd.assembly import Parts, assemble, evaluate
+from diffkd import __version__
+from diffkd.assembly import Parts, Side, assemble, check_outputs, evaluate
 from diffkd.errors import UserError
 from diffkd.maths.randomness import cpu_threads, seed_everything
-from diffkd.models.weights import description
-from diffkd.recipe.schema import load
+from diffkd.recipe.schema import Recipe, load
+from diffkd.report.faults.base import Account, name_of, write_table
+from diffkd.report.faults.classification import ClassAccount
+from diffkd.report.faults.detection import BoxAccount
+from diffkd.report.faults.segmentation import MapAccount
+from diffkd.report.faults.sheet import contact_sheet
 from diffkd.report.summary import percent
+from diffkd.runs.console import Reporter
+from diffkd.runs.disk import saying_where, write_atomically
 from diffkd.runs.folder import RunFolder
+from diffkd.tasks.base import Figures, Task
+from diffkd.tasks.classification import Classification
+from diffkd.tasks.detection import Detection
+from diffkd.tasks.segmentation import Segmentation
+from diffkd.use.student import Student, load_student
 from diffkd.use.trained import as_trained
+
+FOLDER = "evaluation"  # in the run folder
+_MOST = 2000  # classes, above which only the figures are kept
+_KEYS = ("data.", "data=", "task.", "trainer.threads=", "trust=")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A student's figures on a data set.
+
+    Attributes:
+        summary: of the run.
+        words: the overrides that chose the data.
+        parts: data and task.
+        figures: of 0 to 1.
+        account: where it errs; None for a task of one's own.
+    """
+
+    summary: dict[str, Any]
+    words: tuple[str, ...]
+    parts: Parts
+    figures: Figures
+    account: Account | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures as plain values."""
+        task, test = self.parts.task, self.parts.data.test
+        told: dict[str, Any] = {
+            "diffkd": __version__,
+            "data": self.parts.data.summary,
+            "overrides": list(self.words),
+            "pictures": len(test),
+            "metric": task.metric,
+            "metric_label": self.summary["metric_label"],
+            "figures": dict(self.figures.scalars),
+            "recorded": self.summary["last"],
+        }
+        if self.account is not None:
+            told["figures"] |= self.account.scalars()
+            told |= self.account.tables(self.figures)
+            told["worst"] = [
+                {"index": worst.index, "picture": name_of(test, worst.index), **worst.facts}
+                for worst in self.account.sheet()
+            ]
+        return told
 
 
 def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
     """The student's figures on its test data, or on other data, one line each, in full precision.
 
+    Where it errs is written to `evaluation/` in the run folder, and shown on the run's page:
+    `figures.json` with all figures, `classes.csv`, the confusion matrix as `confusion.csv` and
+    `confusion.png`, `reliability.png` (classification), and `worst.png`, the most confident errors or the
+    worst pictures.
+
     Args:
         path: a run folder.
-        words: `data.root=...` and other `data.` keys, `trainer.threads`, and `trust=true` for a run of
-            code that the run folder names.
+        words: `data.root=...` and other `data.` and `task.` keys, `output=FOLDER`, `trainer.threads`, and
+            `trust=true` for a run of code that the run folder names.
 
     Raises:
         UserError: the folder holds no finished run, its student is damaged, or the data do not fit it.
     """
-    folder = RunFolder(path)
+    from diffkd.report.run_page import write_run_page
+
+    folder, output = RunFolder(path), None
+    overrides = []
     for word in words:
-        if not word.startswith(("data.", "data=", "trainer.threads=", "trust=")):
-            raise UserError(f"evaluate takes data.KEY=..., trainer.threads=N and trust=true, not '{word}'")
+        if word.startswith("output="):
+            output = Path(word.removeprefix("output="))
+        elif word.startswith(_KEYS):
+            overrides.append(word)
+        else:
+            raise UserError(
+                f"evaluate takes data.KEY=..., task.KEY=..., trainer.threads=N, output=FOLDER and "
+                f"trust=true, not '{word}'"
+            )
+    found = measure(folder, overrides, trust="trust=true" in overrides)
+    for name, value in found.figures.scalars.items():
+        recorded = found.summary["last"].get(name)
+        agrees = "as recorded" if value == recorded else f"recorded: {recorded!r}"
+        yield f"{name} {value!r} ({percent(value)}, {agrees})"
+    place = output or folder.path / FOLDER
+    write_evaluation(found, place)
+    yield f"where it errs: {place}"
+    if output is None:
+        yield f"page: {write_run_page(folder)}"
+
+
+def measure(folder: RunFolder, words: Sequence[str] = (), *, trust: bool = False) -> Evaluation:
+    """Lets a finished run's student answer for the test data, and keeps an account of its errors.
+
+    Args:
+        folder: of the run.
+        words: overrides of its recipe that choose the data.
+        trust: runs the code that the run folder names.
+
+    Raises:
+        UserError: as in `evaluate_run`.
+    """
     summary = folder.read_summary()
     damage = folder.damage()
     if damage is not None:
         raise UserError(damage)
-    recipe = load(str(folder.recipe_file), words)
-    weights = summary["teacher"]["weights"] if summary["teacher"] else None
+    recipe = load(str(folder.recipe_file), words, trust=trust)
     seed_everything(recipe.seed)  # a teacher with fresh weights is the same again
-    parts = assemble(as_trained(recipe, folder, weights), with_teacher=summary["agreement"])
-    _check_classes(parts, folder)
+    student = load_student(folder.path, trust=trust)
+    side = Side(student.config["model"], student.model, student.prepare)
+    weights = summary["teacher"]["weights"] if summary["teacher"] else None
+    parts = assemble(as_trained(recipe, folder, weights), with_teacher=summary["agreement"], student=side)
+    _check_classes(parts, student.config.get("class_names") or [], folder)
+    if any(word.startswith(("data=", "data.name=")) for word in words):
+        side.prepare = _as_trained(student, parts)
+    check_outputs(parts, parts.sample(1))
     device = torch.device(summary["device"] if torch.cuda.is_available() else "cpu")
     loader = parts.loader(parts.data.test, shuffle=False, device=device)
-    with cpu_threads(recipe.trainer.threads):
-        figures = evaluate(
-            parts.student.to(device), parts.task, loader, parts.teacher and parts.teacher.to(device)
-        )
-    for name, value in figures.scalars.items():
-        recorded = summary["last"].get(name)
-        agrees = "as recorded" if value == recorded else f"recorded: {recorded!r}"
-        yield f"{name} {value!r} ({percent(value)}, {agrees})"
+    account = _account(parts.task, student.class_names)
+    teacher = parts.teacher and parts.teacher.to(device)
+    with cpu_threads(recipe.trainer.threads), _bar(recipe, len(loader)) as bar:
+
+        def show(batch: Any, answers: Any) -> None:
+            if account is not None:
+                account.add(batch, answers)
+            bar.step(1, len(batch.images))
+            bar.show("", {})
+
+        figures = evaluate(side.to(device), parts.task, loader, teacher, show)
+    return Evaluation(summary, tuple(words), parts, figures, account)
 
 
-def _check_classes(parts: Parts, folder: RunFolder) -> None:
+def write_evaluation(found: Evaluation, place: Path) -> None:
+    """Writes all that an evaluation found into a folder.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n"
+    with saying_where(place):
+        place.mkdir(parents=True, exist_ok=True)
+        account, sheet = found.account, place / "worst.png"
+        if account is not None:
+            for name, rows in account.tables(found.figures).items():
+                write_table(place / f"{name}.csv", rows)
+            account.draw(place, found.figures)
+            worst = account.sheet()
+            if worst:
+                contact_sheet([one.row for one in worst], sheet)
+            else:
+                sheet.unlink(missing_ok=True)
+        write_atomically(place / "figures.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+class _AsTrained(nn.Module):
+    """Pictures of another kind of data at the size and in the channels of those that the student knows."""
+
+    def __init__(self, prepare: nn.Module, shape: Sequence[int], resizes: bool) -> None:
+        super().__init__()
+        self.prepare, self.channels = prepare, shape[0]
+        self.size = (shape[1], shape[2]) if resizes else None
+
+    def forward(self, images: Any) -> Any:
+        """`(B, C, H, W)` or a list of `(C, H, W)`, as the student takes them."""
+        if isinstance(images, list):
+            return self.prepare([self._one(image[None])[0] for image in images])
+        return self.prepare(self._one(images))
+
+    def _one(self, images: Tensor) -> Tensor:
+        if self.channels == 1 and images.shape[1] == 3:
+            images = functional.rgb_to_grayscale(images)
+        if self.size is not None and images.shape[-2:] != self.size:
+            images = functional.resize(images, list(self.size), antialias=True)
+        return images
+
+
+def _as_trained(student: Student, parts: Parts) -> Any:
+    shape = student.config["image_shape"]
+    if parts.data.image_shape == tuple(shape):
+        return student.prepare
+    return _AsTrained(student.prepare, shape, parts.task.resizes)
+
+
+def _bar(recipe: Recipe, batches: int) -> Any:
+    return Reporter(progress=recipe.trainer.progress, what="evaluating").bar(batches)
+
+
+def _account(task: Task, names: Sequence[str]) -> Account | None:
+    if not 0 < len(names) <= _MOST:
+        return None
+    if isinstance(task, Classification):
+        return ClassAccount(names)
+    if isinstance(task, Segmentation):
+        return MapAccount(names, task)
+    return BoxAccount(names) if isinstance(task, Detection) else None
+
+
+def _check_classes(parts: Parts, known: Sequence[str], folder: RunFolder) -> None:
     """Refuses data whose classes are others, or stand in another order, than those it was trained on."""
-    known = description(folder.path).get("class_names") or []
     names = list(parts.data.class_names)
-    if known and names and known != names:
+    if known and names and list(known) != names:
         first = next((pair for pair in zip(known, names, strict=False) if pair[0] != pair[1]), None)
         why = f"'{first[1]}' stands where '{first[0]}' stood" if first else f"{len(names)} for {len(known)}"
         raise UserError(f"the classes of the data are not those of '{folder.path}': {why}")

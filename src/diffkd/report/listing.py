@@ -8,6 +8,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import yaml
+
 import diffkd
 from diffkd.errors import UserError, nearest
 from diffkd.names import submodules
@@ -35,8 +37,12 @@ def listing(what: str = "", like: str = "") -> Iterator[str]:
 
 def _recipes() -> Iterator[str]:
     for name, place in sorted(builtin().items()):
-        first = place.read_text().splitlines()[0]
-        yield f"{name:<44}{first.lstrip('# ') if first.startswith('#') else ''}".rstrip()
+        text = place.read_text()
+        first = text.splitlines()[0]
+        said = first.lstrip("# ") if first.startswith("#") else ""
+        published = (yaml.safe_load(text) or {}).get("published") or {}
+        lacks = "; DiffKD: not published for this pair" * bool(published and "diffkd" not in published)
+        yield f"{name:<48}{said}{lacks}".rstrip()
 
 
 def _files(kind: str) -> Iterator[str]:

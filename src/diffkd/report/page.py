@@ -13,7 +13,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
-def page(comparison: dict[str, Any], sections: str = "") -> str:
+def page(comparison: dict[str, Any], sections: str = "", what: str = "diffkd compare") -> str:
     """The whole page of a comparison, as HTML to be written as UTF-8.
 
     Figures that are not finite are left out, as None is. Names and notes are shown as text, always.
@@ -22,6 +22,7 @@ def page(comparison: dict[str, Any], sections: str = "") -> str:
         comparison: title, metric, teacher, student, notes and methods of a comparison; scores and differences
             are shares (0 to 1), a difference is the method's score less the other's, whichever way is better.
         sections: further ones as HTML.
+        what: the command that the page is of.
 
     Raises:
         TypeError: the comparison holds something that JSON has no word for.
@@ -33,12 +34,13 @@ def page(comparison: dict[str, Any], sections: str = "") -> str:
     comparison = _finite(comparison)
     headline, lead = _verdict(comparison)
     parts = {
-        "title": _text(comparison.get("title") or "Comparison"),
-        "facts": _text("  ·  ".join(_facts(comparison))),
-        "headline": _text(headline),
+        "what": text(what),
+        "title": text(comparison.get("title") or "Comparison"),
+        "facts": text("  ·  ".join(_facts(comparison))),
+        "headline": text(headline),
         "lead": lead,
         "sections": sections,
-        "made": "\n".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in _made(comparison)),
+        "made": "\n".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in _made(comparison)),
         "data": json.dumps(comparison, allow_nan=False, separators=(",", ":")).translate(UNSAFE),
     }
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -55,11 +57,11 @@ def _verdict(comparison: dict[str, Any]) -> tuple[str, str]:
     ranked = sorted(methods, key=lambda method: -sign * method["last"]["mean"])
     best, plain = ranked[0], next((method for method in ranked if method["name"] == "none"), None)
     name, score = best["name"], f"{_percent(best['last']['mean'])} % {label}"
-    lead = f"{_text(_upper(label))} after the last epoch: {_score(best)}"
+    lead = f"{text(_upper(label))} after the last epoch: {_score(best)}"
     if best is plain:
         if len(ranked) == 1:
             return f"Training without distillation reaches {score}.", f"{lead}."
-        lead += f" without distillation. Next is {_text(ranked[1]['name'])} with {_score(ranked[1])}."
+        lead += f" without distillation. Next is {text(ranked[1]['name'])} with {_score(ranked[1])}."
         lead += _gap("Difference", ranked[1], "to_none")
         return "No method does better than training without distillation.", lead
     if _mean(best.get("to_none")) is None:
@@ -169,6 +171,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
     """Text for HTML, in ASCII: half a surrogate pair has no UTF-8."""
     return html.escape(str(value)).encode("ascii", "xmlcharrefreplace").decode()

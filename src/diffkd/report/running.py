@@ -14,7 +14,7 @@ import torch
 
 from diffkd.errors import NotFiniteError, UserError
 from diffkd.recipe.schema import Recipe, dump
-from diffkd.report.summary import finish
+from diffkd.report.finish import finish
 from diffkd.runs.console import Reporter
 from diffkd.runs.disk import saying_where
 from diffkd.runs.folder import RunFolder

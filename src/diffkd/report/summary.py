@@ -1,4 +1,4 @@
-"""What a finished run shows: the table of teacher and student, and the curves."""
+"""The table of teacher and student, and words for numbers."""
 
 from typing import Any
 
@@ -6,43 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd.errors import plain
-from diffkd.runs.folder import RunFolder
-
-
-def finish(folder: RunFolder, *, quiet: bool = False) -> None:
-    """Draws the curves and prints the table, where a run has just ended; the first process does.
-
-    Args:
-        folder: of the run.
-        quiet: prints nothing.
-    """
-    # They take seconds to import: a check, which prints tables too, does without.
-    from diffkd.report.curves import draw_curves
-    from diffkd.training.control import control_hint, find_control
-    from diffkd.training.devices import is_first
-
-    if not is_first():
-        return
-    summary = folder.read_summary()
-    draw_curves(folder.read_history(), summary, folder.path / "curves.png")
-    if quiet:
-        return
-    console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 120)
-    control = find_control(folder)
-    alone = control.read_summary() if control is not None else None
-    console.print(summary_table(summary, alone))
-    hint = control_hint(folder) if alone is None else None
-    if alone is not None:
-        console.print(plain(_gain(summary, alone)), soft_wrap=True)
-    elif hint is not None:
-        console.print(plain(f"student alone, for comparison: {hint}"), soft_wrap=True)
-    console.print(plain(f"run folder: {folder.path}"), soft_wrap=True)
-
-
-def _gain(summary: dict[str, Any], alone: dict[str, Any]) -> str:
-    metric = summary["metric"]
-    points = 100 * (summary["last"][metric] - alone["last"][metric])
-    return f"gain over the student alone: {points:+.2f} points, one seed"
 
 
 def summary_table(summary: dict[str, Any], alone: dict[str, Any] | None = None) -> Table:

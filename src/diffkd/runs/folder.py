@@ -57,7 +57,9 @@ class RunFolder:
                      finished the last one's weights alone
     student/         model.safetensors (keys of the plain model) and config.json
     checksums.json   of the student and the summary
+    evaluation/      where the student errs
     curves.png
+    run.html         all of it to look at
     ```
 
     Every file is written beside its place, synced and renamed, so that a reader never sees half.

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from diffkd.assembly import Side, assemble, check_outputs, describe_student, eva
 from diffkd.batch import Batch
 from diffkd.errors import NotFiniteError, UserError
 from diffkd.maths.randomness import random_state, seed_everything, set_random_state
-from diffkd.models.measure import machine, peak_memory, reset_peak_memory
+from diffkd.models.measure import peak_memory, reset_peak_memory
 from diffkd.recipe.schema import Recipe, dump
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
@@ -25,6 +24,7 @@ from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite
 from diffkd.training.devices import expect_unused, fuses, gathered, on_first
 from diffkd.training.dryrun import try_step
 from diffkd.training.ema import Ema
+from diffkd.training.ending import summary_of
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.length import Length
 from diffkd.training.meter import Meter, Place
@@ -359,42 +359,8 @@ class Trainer:
         self.logger.finalize("success")
         if not self.fabric.is_global_zero:
             return
-        task, parts = self.parts.task, self.parts
-        last, best = place.history[-1], self._best(place.history)
+        best = self._best(place.history)
         assert best is not None
-        figures = {name: last[name] for name in place.scalars}
-        self.folder.write_student(self.shipped.model.state_dict(), describe_student(parts, figures))
-        summary = {
-            "recipe": self.recipe.name,
-            "methods": list(self.recipe.method),
-            "weights": dict(zip(self.recipe.method, self.distiller.weights.values(), strict=True)),
-            "seed": self.recipe.seed,
-            "metric": task.metric,
-            "higher_is_better": task.higher_is_better,
-            "agreement": self.agreement,
-            "metric_label": task.metric_label + (" agreement with the teacher" if self.agreement else ""),
-            "last": figures,
-            "arrays": place.arrays,
-            "class_names": list(parts.data.class_names),
-            "best": {name: best[name] for name in figures} | {k: best[k] for k in ("epoch", "step")},
-            "student": {"model": parts.student.name, **self.costs["student"]},
-            "teacher": None,
-            "epochs": self.length.told_epochs(place.step),
-            "steps": place.step,
-            "axis": self.length.unit,
-            "extra_parameters": sum(p.numel() for p in self.distiller.methods.parameters()),
-            "images_per_second": median(row["images_per_second"] for row in place.history),
-            "memory_mb": max(row["memory_mb"] for row in place.history),
-            "seconds": round(sum(row["seconds"] for row in place.history), 3),
-            "figures": list(self.distiller.figures),
-            "device": str(self.fabric.device),
-            "machine": machine(str(self.fabric.device)),
-        }
-        if parts.teacher is not None and teacher is not None:
-            summary["teacher"] = {
-                "model": parts.teacher.name,
-                "weights": parts.teacher.weights,
-                **teacher,
-                **self.costs["teacher"],
-            }
-        self.folder.write_summary(summary)
+        figures = {name: place.history[-1][name] for name in place.scalars}
+        self.folder.write_student(self.shipped.model.state_dict(), describe_student(self.parts, figures))
+        self.folder.write_summary(summary_of(self, place, best, figures, teacher))

@@ -1,8 +1,9 @@
-"""Answers drawn: colours of classes, boxes on a picture."""
+"""Answers drawn on pictures: colours of classes, label maps, boxes."""
 
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
@@ -22,6 +23,20 @@ def palette(count: int) -> Tensor:
         for channel in range(3):
             colours[:, channel] |= (classes >> (3 * bit + channel) & 1) << (7 - bit)
     return colours.to(torch.uint8)
+
+
+def rgb(image: Tensor) -> Tensor:
+    """A loader's picture `(C, H, W)`, uint8 or 0 to 1, as `(3, H, W)` uint8 on the CPU."""
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        image = (image * 255).round().clamp(0, 255).to(torch.uint8)
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+
+
+def overlay(image: Tensor, labels: Tensor, colours: Tensor) -> Tensor:
+    """A picture `(3, H, W)` uint8 under the colours of its label map `(H, W)`, half and half."""
+    tint = colours[labels.long()].permute(2, 0, 1)
+    return (0.5 * image.float() + 0.5 * tint.float()).to(torch.uint8)
 
 
 def draw_boxes(
@@ -57,3 +72,8 @@ def draw_boxes(
         fill_labels=True,
     )
     return drawn
+
+
+def picture_of(image: Tensor) -> Image.Image:
+    """`(3, H, W)` uint8 as a picture."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

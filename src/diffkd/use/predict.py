@@ -20,7 +20,7 @@ from diffkd.runs.disk import write_atomically
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
-from diffkd.use.drawing import draw_boxes, palette
+from diffkd.use.drawing import draw_boxes, overlay, palette, picture_of, rgb
 from diffkd.use.student import Student, load_student, told_trust
 
 BATCH = 16
@@ -190,16 +190,14 @@ def _map(folder: Path, place: Path, image: Tensor, labels: Tensor, names: Sequen
     """Writes the label map (value i is class i) and the picture under its colours."""
     labels = labels.cpu().to(torch.uint8)
     colours = palette(len(names))
-    mask, overlay = (folder / f"{_name(place)}-{what}.png" for what in ("labels", "overlay"))
+    mask, covered = (folder / f"{_name(place)}-{what}.png" for what in ("labels", "overlay"))
     plain = Image.fromarray(labels.numpy(), mode="P")
     plain.putpalette(colours.flatten().tolist())
     write_atomically(mask, lambda partial: plain.save(partial, format="png"))
-    shown = image.cpu() if len(image) == 3 else image.cpu().expand(3, -1, -1)
-    mixed = (0.5 * shown.float() + 0.5 * colours[labels.long()].permute(2, 0, 1).float()).to(torch.uint8)
-    _save(mixed, overlay)
+    _save(overlay(rgb(image), labels, colours), covered)
     share = labels.flatten().bincount(minlength=len(names)).double() / labels.numel()
     shares = {name: round(s, 6) for name, s in zip(names, share.tolist(), strict=True) if s > 0}
-    return {"labels": mask.name, "overlay": overlay.name, "shares": shares}
+    return {"labels": mask.name, "overlay": covered.name, "shares": shares}
 
 
 def _boxes(
@@ -281,7 +279,7 @@ def _name(place: Path) -> str:
 
 
 def _save(picture: Tensor, place: Path) -> None:
-    shown = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    shown = picture_of(picture)
     write_atomically(place, lambda partial: shown.save(partial, format="png"))
 
 

@@ -1,0 +1,65 @@
+"""What a run leaves behind: its summary."""
+
+from collections.abc import Mapping
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from diffkd.models.measure import machine
+from diffkd.training.meter import Place
+
+if TYPE_CHECKING:
+    from diffkd.training.trainer import Trainer
+
+
+def summary_of(
+    trainer: "Trainer",
+    place: Place,
+    best: Mapping[str, float],
+    figures: Mapping[str, float],
+    teacher: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """All that a finished run says of itself, as `summary.json` has it.
+
+    Args:
+        trainer: at its end.
+        place: where it ended.
+        best: the row of history of the best epoch.
+        figures: of the student that is shipped.
+        teacher: its figures.
+    """
+    parts, recipe, task = trainer.parts, trainer.recipe, trainer.parts.task
+    summary = {
+        "recipe": recipe.name,
+        "published": recipe.published,
+        "methods": list(recipe.method),
+        "weights": dict(zip(recipe.method, trainer.distiller.weights.values(), strict=True)),
+        "seed": recipe.seed,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "agreement": trainer.agreement,
+        "metric_label": task.metric_label + (" agreement with the teacher" if trainer.agreement else ""),
+        "last": dict(figures),
+        "arrays": place.arrays,
+        "class_names": list(parts.data.class_names),
+        "best": {name: best[name] for name in figures} | {k: best[k] for k in ("epoch", "step")},
+        "student": {"model": parts.student.name, **trainer.costs["student"]},
+        "teacher": None,
+        "epochs": trainer.length.told_epochs(place.step),
+        "steps": place.step,
+        "axis": trainer.length.unit,
+        "extra_parameters": sum(p.numel() for p in trainer.distiller.methods.parameters()),
+        "images_per_second": median(row["images_per_second"] for row in place.history),
+        "memory_mb": max(row["memory_mb"] for row in place.history),
+        "seconds": round(sum(row["seconds"] for row in place.history), 3),
+        "figures": list(trainer.distiller.figures),
+        "device": str(trainer.fabric.device),
+        "machine": machine(str(trainer.fabric.device)),
+    }
+    if parts.teacher is not None and teacher is not None:
+        summary["teacher"] = {
+            "model": parts.teacher.name,
+            "weights": parts.teacher.weights,
+            **teacher,
+            **trainer.costs["teacher"],
+        }
+    return summary
