@@ -226,3 +226,50 @@ def ld(student, teacher, valid, bins, temperature):
                 ours, theirs = ((at(x, b, p)[part] / temperature).softmax(0) for x in (student, teacher))
                 found.append(temperature**2 * kl(theirs, ours))
     return mean(found)
+
+
+def giou(a, b):
+    """Of two boxes, left, top, right, bottom."""
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])  # noqa: E731
+    across, down = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    both = across * down if across > 0 and down > 0 else 0 * across
+    whole = area(a) + area(b) - both
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return both / (whole + 1e-7) - (hull - whole) / (hull + 1e-7)
+
+
+def box_of(row, kind):
+    """Of a head's four numbers, around an anchor of side 1 whose centre is 0."""
+    if kind == "fcos":
+        left, top, right, bottom = row.relu()
+        return -left, -top, right, bottom
+    x, y, w, h = row[0], row[1], *row[2:].clamp(max=4.135).exp()
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+
+
+def crosskd(kind, student, teacher, adapters, ours, theirs, valid, beta):
+    """Anchor by anchor; all but the last convolution is the student's, the last one the teacher's."""
+    cut = 3  # layers of both: one convolution of two, its norm and ReLU (FCOS); three blocks of four
+    heads = {"classes": ("classification_head", "cls_logits"), "boxes": ("regression_head", "bbox_reg")}
+    total, objects = {"classes": 0, "boxes": 0}, 0
+    for name, feature in ours.items():
+        size = feature.shape[2:]
+        step = valid.shape[1] // size[0]
+        inside = valid[:, ::step, ::step]
+        found, goal = {}, {}
+        for what, (tower, layer) in heads.items():
+            s, t = getattr(student.head, tower), getattr(teacher.head, tower)
+            crossed = adapters[what](s.conv[:cut](feature * inside[:, None]))
+            found[what] = getattr(t, layer)(t.conv[cut:](crossed))
+            goal[what] = getattr(t, layer)(t.conv(theirs[name] * inside[:, None])).detach()
+        for b in range(len(feature)):
+            for place in places(inside, b):
+                for anchor in range(2):
+                    p, q = (at(x["classes"], b, place).chunk(2)[anchor].sigmoid() for x in (found, goal))
+                    entropy = -(q * p.log() + (1 - q) * (1 - p).log())
+                    total["classes"] += ((p - q).abs() ** beta * entropy).sum()
+                    c, d = (box_of(at(x["boxes"], b, place).chunk(2)[anchor], kind) for x in (found, goal))
+                    solid = d[0] < d[2] and d[1] < d[3]
+                    total["boxes"] += q.max() * (1 - giou(c, d)) if solid else 0
+                    objects += q.max()
+    return {what: value / max(objects, 1) for what, value in total.items()}

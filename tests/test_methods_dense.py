@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetHead
 
 import oracle_dense as oracle
 from diffkd import Batch, UserError
@@ -166,6 +168,54 @@ def test_ld():
         build("ld", SAME)
 
 
+def _dense(kind, channels, anchors):
+    model = nn.Module()
+    make = {"retinanet": RetinaNetHead, "fcos": FCOSHead}[kind]
+    model.head = make(channels, anchors, CLASSES, **({"num_convs": 2} if kind == "fcos" else {})).double()
+    for weight in model.parameters():  # answers far from each other
+        nn.init.normal_(weight, 0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "widths"), [("retinanet", (5, 7)), ("fcos", (32, 64))])
+def test_crosskd(kind, widths):
+    torch.manual_seed(0)
+    student, teacher = _dense(kind, widths[0], 1), _dense(kind, widths[1], 2)
+    shapes = {"map": SIZE, "low": (2, 3)}
+    pairs = [Pair(n, *(Feature("", (w, *size)) for w in widths)) for n, size in shapes.items()]
+    method = method_class("crosskd")(Setup(tuple(pairs), student, teacher), beta=1.5, box_weight=2.0).double()
+    ours, theirs = ({n: torch.randn(2, w, *size).double() for n, size in shapes.items()} for w in widths)
+    valid = torch.ones(2, *SIZE, dtype=torch.bool)
+    valid[0, 2:] = False
+    ours = {name: feature.requires_grad_() for name, feature in ours.items()}
+    losses = method(ours, theirs, Batch(torch.zeros(2, 3, *SIZE), None, None, valid))
+    expected = oracle.crosskd(kind, student, teacher, method.adapters, ours, theirs, valid, 1.5)
+    assert_same(losses["classes"], expected["classes"], ours["map"])
+    assert_same(losses["boxes"], 2.0 * expected["boxes"], ours["low"])
+    assert list(method.state_dict()) == [f"adapters.{k}.{w}" for k in losses for w in ("weight", "bias")]
+    # what gives the teacher's answers has nothing to learn
+    again = method_class("crosskd")(Setup(tuple(map(_alike, pairs)), teacher, teacher)).double()
+    same = again(theirs, theirs, Batch(torch.zeros(2, 3, *SIZE)))
+    assert same["classes"] < 1e-3
+    # but for boxes too small to say how far they overlap
+    assert same["boxes"] < 0.05 * losses["boxes"]
+
+
+def _alike(pair):
+    return Pair(pair.name, pair.teacher, pair.teacher)
+
+
+def test_crosskd_says_which_detectors_it_serves():
+    setup = Setup((Pair("map", *(Feature("", s) for s in SAME)),), _dense("retinanet", 5, 1), nn.Linear(1, 1))
+    with pytest.raises(UserError, match=r"RetinaNet and FCOS have; the teacher \(Linear\) has none"):
+        method_class("crosskd")(setup)
+    setup = Setup(setup.pairs, setup.student, _dense("retinanet", 6, 1))
+    with pytest.raises(UserError, match="the teacher gives 5 channels, its head takes 6"):
+        method_class("crosskd")(setup)
+    with pytest.raises(UserError, match="rest=5, but the teacher's head has 4 convolutions"):
+        method_class("crosskd")(Setup(setup.pairs, setup.student, setup.student), rest=5)
+
+
 LABELLED = pytest.mark.parametrize("name", ["ifvd", "cirkd"])
 
 
@@ -180,7 +230,7 @@ def test_what_label_methods_need(name):
         build(name)({"map": ours}, {"map": theirs}, batch._replace(targets=torch.zeros(3)))
 
 
-@pytest.mark.parametrize("name", ["cwd", "ifvd", "skd", "cirkd", "fgd", "afdcd", "ld"])
+@pytest.mark.parametrize("name", ["cwd", "ifvd", "skd", "cirkd", "fgd", "afdcd", "ld", "crosskd"])
 def test_methods_that_need_maps(name):
     with pytest.raises(UserError, match="serves maps"):
         build(name, ((5,), (5,)))

@@ -11,6 +11,7 @@ from diffkd import Batch, DiffKD, UserError
 from diffkd.maths.layers import norm
 from diffkd.methods.base import Feature, Pair, Setup, method_class
 from diffkd.names import submodules
+from toy_parts import DenseHead
 
 METHODS = [name for name in submodules("diffkd.methods") if name != "none"]
 CLASSES, SIZE, WIDE = 5, 16, 24  # pixels; pictures of 16 x 16 are padded to 16 x 24
@@ -19,6 +20,8 @@ STRIDES = pytest.mark.parametrize("strides", [(2, 2), (2, 4), (4, 2)], ids=str)
 EACH = pytest.mark.parametrize("method", METHODS)
 # Methods that need other channels than the student's 6 and the teacher's 8.
 CHANNELS = {"ld": (4 * 17, 4 * 17)}
+# Methods that reuse a part of the models.
+MODELS = {"crosskd": lambda channels: DenseHead(channels, CLASSES).double()}
 LARGE = (1e6, torch.inf, torch.nan)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*resized")
@@ -47,7 +50,8 @@ class Case:
         spaces = [(s, s) if self.dense else () for s in side]
         scores = Pair("out", *(Feature("", (CLASSES, *space)) for space in spaces), is_logits=True)
         torch.manual_seed(0)
-        setup = Setup((maps, scores), nn.Identity(), nn.Identity(), num_classes=CLASSES, dataset_size=20)
+        student, teacher = map(MODELS.get(name, lambda _: nn.Identity()), self.channels)
+        setup = Setup((maps, scores), student, teacher, num_classes=CLASSES, dataset_size=20)
         return method_class(name)(setup).double()
 
     def labels(self, count):

@@ -63,3 +63,19 @@ class Pyramid(nn.Module):
 
 def wide(num_classes):
     return Net(num_classes, 16)
+
+
+class DenseHead(nn.Module):
+    """A detector's dense head, of convolutions that see one position, for two anchors."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.head = nn.Module()
+        for tower, layer, outputs in (
+            ("classification_head", "cls_logits", classes),
+            ("regression_head", "bbox_reg", 4),
+        ):
+            part = nn.Module()
+            part.conv = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1))
+            setattr(part, layer, nn.Conv2d(channels, 2 * outputs, 1))
+            setattr(self.head, tower, part)
