@@ -1,5 +1,6 @@
 """Teachers whose class scores do not mean what they should are told from good ones."""
 
+import pytest
 import torch
 
 from diffkd.report.suspicion import suspicions
@@ -21,7 +22,28 @@ def test_a_good_teacher_is_not_suspected():
 def test_classes_in_another_order():
     chance, permuted = suspicions(scores_of((LABELS * 3 + 1) % 10), LABELS)
     assert "right on 0.0 % of 200 test pictures: chance is 10.0 %" in chance
-    assert "right on 100.0 %: its classes seem permuted" in permuted
+    assert "right on 100.0 %, not on 0.0 %: its classes seem permuted" in permuted
+
+
+def test_some_classes_in_another_order():
+    swapped = torch.tensor([1, 0, 3, 2, 4, 5, 6, 7, 8, 9])
+    (permuted,) = suspicions(scores_of(swapped[LABELS]), LABELS)
+    assert "right on 100.0 %, not on 60.0 %" in permuted
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.9, []), (0.52, ["chance"]), (0.1, ["chance", "permuted"])])
+def test_two_classes(share, said):
+    labels = torch.arange(200) % 2
+    right = torch.rand(200, generator=torch.Generator().manual_seed(0)) < share
+    found = list(suspicions(scores_of(torch.where(right, labels, 1 - labels), 2), labels))
+    assert len(found) == len(said)
+    assert all(word in line for word, line in zip(said, found, strict=True))
+
+
+def test_one_answer_for_all_is_chance_however_often_it_is_right():
+    labels = (torch.arange(200) % 10 == 0).long()
+    (chance,) = suspicions(scores_of(torch.zeros(200, dtype=torch.long), 2), labels)
+    assert "right on 90.0 % of 200 test pictures: chance is 90.0 %" in chance
 
 
 def test_a_teacher_at_chance_is_not_called_permuted():

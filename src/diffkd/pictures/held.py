@@ -112,3 +112,25 @@ def hold_out_samples(split: Split, fraction: float) -> tuple[Split, Split, tuple
         )
     parts = (part_of(split, p, training=t) for p, t in ((kept, True), (held, False)))
     return *parts, tuple(notes)  # type: ignore[return-value]
+
+
+def spread(classes: np.ndarray | None, count: int, most: int) -> np.ndarray:
+    """Places of at most so many of `count` samples, evenly over their classes, in order; always the same.
+
+    Args:
+        classes: `(count,)` class of each; None spreads them evenly over the whole.
+        count: of the samples.
+        most: to be chosen.
+
+    >>> spread(np.array([0, 0, 0, 0, 1, 1, 2]), 7, 5).tolist()
+    [0, 1, 4, 5, 6]
+    """
+    if count <= most:
+        return np.arange(count)
+    if classes is None:
+        return np.linspace(0, count - 1, most).round().astype(np.int64)
+    order = classes.argsort(kind="stable")
+    sizes = np.unique(classes, return_counts=True)[1]
+    turn = np.empty(count, np.int64)
+    turn[order] = np.arange(count) - np.repeat(sizes.cumsum() - sizes, sizes)
+    return np.sort(turn.argsort(kind="stable")[:most])

@@ -15,12 +15,14 @@ from diffkd.errors import plain
 from diffkd.maths.randomness import seed_everything
 from diffkd.models.measure import SavedBytes
 from diffkd.pictures.files import Pictures
+from diffkd.pictures.held import classes_in, part_of, spread
 from diffkd.recipe.schema import Recipe
 from diffkd.report.summary import quantity, size
 from diffkd.report.suspicion import suspicions
 from diffkd.training.balance import gradient_norms
 from diffkd.training.optim import parameter_groups
 
+SEEN = 256  # test pictures that a teacher is judged by
 FEW = 16  # pictures that a check runs; what a whole batch takes follows from them
 
 
@@ -56,21 +58,24 @@ def check_recipe(recipe: Recipe) -> None:
         console.print(_taps(distiller))
     console.print(_modules(parts, distiller, groups))
     console.print(_costs(parts))
-    console.print(_losses(losses, total))
+    console.print(_losses(losses, total, pulls))
     activations = saved.total * recipe.data.batch_size // few
     console.print(_memory(step, recipe, activations))
     console.print(_shares(recipe), markup=False)
     _complain(distiller, console)
-    for line in (*unequal(pulls), *_suspected(parts)):
+    whole = {name: pulls[name] for name in ("task", *distiller.methods)}
+    for line in (*unequal(whole), *_suspected(parts)):
         console.print(line, markup=False)
 
 
 def _suspected(parts: Parts) -> Iterator[str]:
-    """Warnings about a teacher of class scores, from up to 256 test pictures."""
+    """Warnings about a teacher of class scores, from some test pictures of all classes."""
     wanted = parts.recipe.teacher
     if parts.teacher is None or wanted is None or parts.recipe.task.name != "classification":
         return
-    sample = parts.sample(256)
+    test = parts.data.test
+    chosen = part_of(test, spread(classes_in(test), len(test), SEEN), training=False)
+    sample = next(iter(parts.loader(chosen, shuffle=False, batch_size=len(chosen)).epoch()))
     with torch.no_grad():
         scores = parts.teacher.forward(parts.task, sample)
     # what is trained first cannot be right yet
@@ -79,8 +84,8 @@ def _suspected(parts: Parts) -> Iterator[str]:
 
 
 def _pulls(losses: dict[str, Tensor], distiller: Distiller) -> dict[str, Tensor]:
-    """Length of the gradient at the student, by method; that of the supervised loss is `task`."""
-    return gradient_norms(losses, distiller.student, ("task", *distiller.methods))
+    """Length of the gradient at the student, by method and by loss; that of all supervised ones is `task`."""
+    return gradient_norms(losses, distiller.student, ("task", *distiller.methods, *losses))
 
 
 def unequal(pulls: Mapping[str, float]) -> Iterator[str]:
@@ -132,6 +137,7 @@ def _table(title: str, *columns: str) -> Table:
             "MACs",
             "ms/image",
             "value",
+            "at the student",
             "trained",
             "with gradient",
             "in optimizer",
@@ -204,11 +210,13 @@ def _costs(parts: Parts) -> Table:
     return table
 
 
-def _losses(losses: dict[str, Tensor], total: Tensor) -> Table:
-    table = _table("losses of the first batch, weighted", "loss", "value", "gradient")
+def _losses(losses: dict[str, Tensor], total: Tensor, pulls: Mapping[str, float]) -> Table:
+    """What each loss is, and how long its gradient at the student is as a share of the supervised ones'."""
+    table = _table("losses of the first batch, weighted", "loss", "value", "gradient", "at the student")
     for name, value in losses.items():
-        table.add_row(name, f"{value.item():.6f}", "yes" if value.requires_grad else "NO")
-    table.add_row("total", f"{total.item():.6f}", "yes")
+        share = f"{pulls[name] / pulls['task']:.2g}" if pulls["task"] > 0 else f"{pulls[name]:.2g} (norm)"
+        table.add_row(name, f"{value.item():.6f}", "yes" if value.requires_grad else "NO", share)
+    table.add_row("total", f"{total.item():.6f}", "yes", "")
     return table
 
 

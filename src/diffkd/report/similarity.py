@@ -3,18 +3,15 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from diffkd.assembly import Parts, assemble
-from diffkd.batch import Batch
-from diffkd.data.base import BatchedSplit, Split
 from diffkd.distiller import Distiller
 from diffkd.maths.layers import pooled
 from diffkd.maths.randomness import cpu_threads, seed_everything
+from diffkd.pictures.held import classes_in, part_of, spread
 from diffkd.recipe.schema import MethodRecipe, Recipe, load
 from diffkd.runs.folder import RunFolder
 from diffkd.use.trained import as_trained, load_methods
@@ -141,7 +138,7 @@ def _features(distiller: Distiller, parts: Parts, device: torch.device) -> tuple
     before: Rows = {}
     after: Rows = {}
     test = parts.data.test
-    chosen = _some(test, spread(_labels(test), len(test), MOST_PICTURES))
+    chosen = part_of(test, spread(classes_in(test), len(test), MOST_PICTURES), training=False)
     for batch in parts.loader(chosen, shuffle=False, device=device).epoch():
         student, teacher = distiller.features(batch)
         names = [pair.name for pair in distiller.pairs if not pair.is_logits]
@@ -150,64 +147,6 @@ def _features(distiller: Distiller, parts: Parts, device: torch.device) -> tuple
             matched: Mapping[str, tuple[Tensor, Tensor]] = method.matched(student, teacher)  # type: ignore[operator]
             _add(after, {name: matched[name] for name in names if name in matched})
     return before, after
-
-
-class _Rows:
-    """Some of the samples of a split that is held in memory."""
-
-    def __init__(self, split: BatchedSplit, rows: Tensor) -> None:
-        self.split, self.rows = split, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def to(self, device: torch.device) -> "_Rows":
-        return _Rows(self.split.to(device), self.rows)
-
-    def batch(self, indices: Tensor, seed: int) -> Batch:
-        return self.split.batch(self.rows[indices], seed)
-
-
-def _some(split: Split, rows: Tensor) -> Split:
-    """Those samples of a split."""
-    if isinstance(split, BatchedSplit):
-        return _Rows(split, rows)
-    return Subset(split, rows.tolist())  # type: ignore[arg-type]
-
-
-def spread(labels: Tensor | None, count: int, most: int) -> Tensor:
-    """Indices of at most so many of `count` samples, evenly over their classes, in order; always the same.
-
-    Args:
-        labels: `(count,)` class of each; None spreads them evenly over the whole.
-        count: of the samples.
-        most: to be chosen.
-
-    >>> spread(torch.tensor([0, 0, 0, 0, 1, 1, 2]), 7, 5)
-    tensor([0, 1, 4, 5, 6])
-    """
-    if count <= most:
-        return torch.arange(count)
-    if labels is None:
-        return torch.linspace(0, count - 1, most).round().long()
-    order = labels.argsort(stable=True)
-    sizes = torch.unique_consecutive(labels[order], return_counts=True)[1]
-    turn = torch.empty(count, dtype=torch.long)
-    turn[order] = torch.arange(count) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    return turn.argsort(stable=True)[:most].sort().values
-
-
-def _labels(split: Any) -> Tensor | None:
-    """Class of every sample, where a split or what it reads from lists them."""
-    places = None
-    while getattr(split, "targets", None) is None and getattr(split, "source", None) is not None:
-        places, split = getattr(split, "places", places), split.source
-    found = getattr(split, "targets", None)
-    if found is None:
-        return None
-    labels = torch.as_tensor(found).cpu()
-    labels = labels if places is None else labels[torch.as_tensor(places)]
-    return labels if labels.ndim == 1 and not labels.is_floating_point() else None
 
 
 def _add(rows: Rows, features: Mapping[str, tuple[Tensor, Tensor]]) -> None:

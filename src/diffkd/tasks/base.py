@@ -1,5 +1,6 @@
 """What a task is: how models see a batch, what they learn from it, how good they are."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,26 @@ from diffkd.names import load_class
 
 if TYPE_CHECKING:  # it takes seconds, and a look at a recipe needs none
     from torchmetrics import MetricCollection
+
+
+def near_chance(score: float, chance: float, count: int) -> bool:
+    """Whether a figure is no sign of anything learned.
+
+    It is not, where it is within three standard errors of guessing, or not a tenth of the way from there to
+    1; many classes are satisfied with twice of chance.
+
+    Args:
+        score: 0 to 1.
+        chance: what guessing scores.
+        count: samples that it was measured on.
+
+    >>> near_chance(0.54, 0.5, 10_000), near_chance(0.6, 0.5, 10_000), near_chance(0.6, 0.5, 100)
+    (True, False, True)
+    >>> near_chance(0.015, 0.01, 10_000), near_chance(0.03, 0.01, 10_000)
+    (True, False)
+    """
+    error = math.sqrt(chance * (1 - chance) / max(count, 1))
+    return score < chance + max(3 * error, min(chance, (1 - chance) / 10))
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,23 @@ _LAST = 500
 def gradient_norms(
     losses: Mapping[str, Tensor], student: nn.Module, names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Length of the gradient at the student's weights, by method; `task` is the supervised losses.
+    """Length of the gradient at the student's weights, by method or loss; `task` is the supervised losses.
 
     The losses' graph stays whole. A method that does not reach the student has 0.
 
     Args:
         losses: named losses `task.x`, `kd.output.kd`, each a scalar with its graph.
         student: the model.
-        names: of `task` and methods.
+        names: of `task`, methods, or single losses.
     """
     weights = [p for p in student.parameters() if p.requires_grad]
     found: dict[str, Tensor] = {}
     for name in names:
-        own = [loss for key, loss in losses.items() if key.startswith(f"{name}.") and loss.requires_grad]
+        own = [
+            loss
+            for key, loss in losses.items()
+            if (key == name or key.startswith(f"{name}.")) and loss.requires_grad
+        ]
         grads: Iterable[Tensor | None] = ()
         if own:
             total = torch.stack([loss.float() for loss in own]).sum()

@@ -18,7 +18,7 @@ from diffkd.recipe.schema import Recipe, dump
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
 from diffkd.runs.places import check_folder, check_identity
-from diffkd.tasks.base import Figures
+from diffkd.tasks.base import Figures, near_chance
 from diffkd.training.balance import Balance
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state, unwrapped
 from diffkd.training.devices import expect_unused, fuses, gathered, on_first
@@ -166,7 +166,7 @@ class Trainer:
             parts, self.fabric, lambda: evaluate(teacher, parts.task, self.test_loader, teacher)
         )
         score, chance = figures[parts.task.metric], parts.task.chance
-        if chance is not None and score < 2 * chance:
+        if chance is not None and near_chance(score, chance, len(parts.data.test)):
             self.reporter.warn(
                 f"teacher '{teacher.name}' looks untrained: {parts.task.metric_label} "
                 f"{100 * score:.2f} % is near chance ({100 * chance:.2f} %); give teacher.weights"
