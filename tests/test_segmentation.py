@@ -54,6 +54,48 @@ def test_a_class_that_is_nowhere_is_left_out():
     assert everywhere_void.scalars == {"miou": 0.0, "pixel_accuracy": 0.0}
 
 
+def eroded(mask, width):
+    """What is left of a mask `(H, W)` after so many erosions by 3 x 3, outside of which there is nothing."""
+    height, columns = mask.shape
+    for _ in range(width):
+        padded = np.pad(mask, 1)
+        shifts = [padded[y : y + height, x : x + columns] for y in range(3) for x in range(3)]
+        mask = np.logical_and.reduce(shifts)
+    return mask
+
+
+def test_boundary_iou_is_that_of_the_paper():
+    random, metrics = np.random.default_rng(0), task(boundary_ratio=0.06).metrics()
+    both, either = np.zeros(K), np.zeros(K)
+    for height, width in ((24, 32), (50, 20), (9, 9)):
+        blocks = random.choice([0, 1, 3, 255], (2, -(-height // 7), -(-width // 7)), p=[0.3, 0.3, 0.3, 0.1])
+        ours, theirs = blocks.repeat(7, 1).repeat(7, 2)[:, :height, :width]
+        ours = np.where(ours == 255, 1, ours)
+        task().update(
+            metrics,
+            F.one_hot(torch.tensor(ours), K).permute(2, 0, 1)[None].float(),
+            Batch(None, torch.tensor(theirs)[None]),
+        )
+        distance = max(round(0.06 * np.sqrt(height**2 + width**2)), 1)
+        for k in range(K):
+            bands = [
+                m & ~eroded(m, distance) & (theirs != 255)
+                for m in ((ours == k) & (theirs != 255), theirs == k)
+            ]
+            both[k] += (bands[0] & bands[1]).sum()
+            either[k] += (bands[0] | bands[1]).sum()
+    figures = Figures.of(metrics.compute())
+    assert either[2] == 0
+    expected = [both[k] / either[k] if either[k] else None for k in range(K)]
+    assert figures.arrays["boundary_iou"] == pytest.approx(expected)
+    assert (
+        0 < figures.scalars["boundary_miou"] == pytest.approx(np.mean([x for x in expected if x is not None]))
+    )
+    assert figures.scalars["boundary_miou"] < figures.scalars["miou"]
+    with pytest.raises(UserError, match="boundary_ratio=2"):
+        task(boundary_ratio=2)
+
+
 def test_void_pixels_change_neither_loss_nor_gradient():
     masks, logits = truth(2, 32, 32), torch.randn(2, K, 8, 8, requires_grad=True)
     loss = task().loss(logits, Batch(None, masks))["cross_entropy"]

@@ -21,6 +21,7 @@ from diffkd.models.measure import Cost, cost, device_of
 from diffkd.models.origin import find_weights
 from diffkd.models.weights import load_state
 from diffkd.pictures.memory import mix_batch
+from diffkd.pictures.progress import bars_shown
 from diffkd.pictures.view import TestView
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
 from diffkd.runs.content import digests
@@ -91,8 +92,9 @@ class Parts:
         wanted, classes = self.recipe.data, self.data.num_classes
         if not (wanted.mixup or wanted.cutmix):
             return None
-        if classes is None:
-            raise UserError("data.mixup and data.cutmix need a data set with classes")
+        if classes is None or not self.task.mixes:
+            what = "a data set with classes" if classes is None else "pictures that have one class each"
+            raise UserError(f"data.mixup and data.cutmix need {what}; leave them out")
         return lambda batch, generator: mix_batch(batch, classes, wanted.mixup, wanted.cutmix, generator)
 
     def sample(self, size: int, device: torch.device | None = None) -> Batch:
@@ -213,15 +215,17 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True, student: Side | None 
     check_options(recipe)
     _check_labels(recipe)
     said = recipe.data
-    data = build(
-        said.name,
-        said.root,
-        said.options,
-        val_fraction=said.val_fraction,
-        test_on=said.test_on,
-        limit=said.limit,
-        class_weights=said.class_weights,
-    )
+    one = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    with bars_shown(recipe.trainer.progress and one):
+        data = build(
+            said.name,
+            said.root,
+            said.options,
+            val_fraction=said.val_fraction,
+            test_on=said.test_on,
+            limit=said.limit,
+            class_weights=said.class_weights,
+        )
     task = task_class(recipe.task.name)(data, **recipe.task.options)
     if data.class_weights and not task.weighs_classes:
         raise UserError(f"data.class_weights: task '{recipe.task.name}' weighs no classes")

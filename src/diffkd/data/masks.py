@@ -11,7 +11,7 @@ from diffkd.pictures.joint import VOID, JointOptions
 from diffkd.pictures.masks import MaskFiles, SomeMasked, masked_splits, pair_up
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.options import data_folder, quoted, spread
-from diffkd.pictures.tables import is_colour, read_table
+from diffkd.pictures.tables import is_colour, named, read_table
 
 _TEST_NAMES = ("val", "valid", "validation", "test")
 
@@ -66,7 +66,7 @@ def _classes(
 ) -> tuple[tuple[str, ...] | None, dict[int, int] | None, tuple[str, ...]]:
     """Names of the classes, what the masks' codes mean, and a note where a file was found."""
     if isinstance(given, list):
-        return tuple(given), None, ()
+        return *named(given), ()
     if given is not None:
         return *read_table(Path(given).expanduser()), ()
     place = folder / "classes.txt"

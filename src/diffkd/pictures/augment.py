@@ -15,7 +15,7 @@ from torchvision.transforms import v2 as transforms
 
 from diffkd.errors import UserError, nearest
 from diffkd.pictures.decoding import MAX_PIXELS
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, Source, find_levels, one_size
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, Source, levels_of, one_size
 from diffkd.pictures.view import TestView
 
 _LARGEST_SIDE = 16384
@@ -149,13 +149,8 @@ class PictureOptions:
         """Black and white of 16-bit grey pictures, and a note where they had to be found out."""
         if self.value_range is not None:
             return (self.value_range[0], self.value_range[1]), ()
-        found = find_levels(train)
-        if found is None:
-            return None, ()
-        return found, (
-            f"16-bit pictures: values {found[0]} to {found[1]} become black to white, in training and test "
-            "alike; data.value_range=[0,65535] takes all 16 bits",
-        )
+        found, notes = levels_of(train)
+        return found, tuple(f"{note}; data.value_range=[0,65535] takes all 16 bits" for note in notes)
 
     def kept_size(self, train: Source) -> tuple[int, int] | None:
         """Height and width of the pictures where they are to be kept in memory; None where they are not."""

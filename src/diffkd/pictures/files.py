@@ -230,6 +230,15 @@ def find_levels(source: Source, limit: int = 2000) -> tuple[int, int] | None:
     return None if high - low >= 2**15 or low == high else (low, high)
 
 
+def levels_of(source: Source) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
+    """Black and white of 16-bit pictures as `find_levels` has them, and a note where there are some."""
+    found = find_levels(source)
+    if found is None:
+        return None, ()
+    line = f"16-bit pictures: values {found[0]} to {found[1]} become black to white"
+    return found, (f"{line}, in training and test alike",)
+
+
 def one_size(source: Source, limit: int = 32) -> tuple[int, int] | None:
     """Height and width that pictures have in common, of so many evenly spread; None where they differ."""
     sizes = set()

@@ -18,7 +18,7 @@ from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.pictures.count import Count, Masked, count
 from diffkd.pictures.decoding import decode, loses, opened, unreadable
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, levels_of
 from diffkd.pictures.joint import VOID, JointOptions, size_of
 from diffkd.pictures.options import quoted
 from diffkd.pictures.scan import Scan
@@ -97,6 +97,20 @@ class SomeMasked:
     def codes(self, index: int) -> np.ndarray:
         """What the mask holds."""
         return self.source.codes(int(self.places[index]))
+
+
+class PicturesOf:
+    """The pictures alone, as a source of picture files."""
+
+    def __init__(self, source: Masked) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Item:
+        place = self.source.picture(index)
+        return Item(str(place), place, None)
 
 
 def read_mask(place: Path, coloured: bool = False) -> np.ndarray:
@@ -185,17 +199,25 @@ class MaskedPictures:
         source: the pictures and their masks.
         table: what the masks mean.
         view: changes picture and mask together; None leaves them.
+        levels: see `decode`.
     """
 
-    def __init__(self, source: Masked, table: ClassTable, view: Callable[[Any], Any] | None = None) -> None:
-        self.source, self.table, self.view = source, table, view
+    def __init__(
+        self,
+        source: Masked,
+        table: ClassTable,
+        view: Callable[[Any], Any] | None = None,
+        levels: tuple[int, int] | None = None,
+    ) -> None:
+        self.source, self.table, self.view, self.levels = source, table, view, levels
 
     def __len__(self) -> int:
         return len(self.source)
 
     def part(self, places: np.ndarray, *, training: bool) -> "MaskedPictures":
         """The pictures at some places `(n,)`, changed as these are or whole."""
-        return MaskedPictures(SomeMasked(self.source, places), self.table, self.view if training else None)
+        view = self.view if training else None
+        return MaskedPictures(SomeMasked(self.source, places), self.table, view, self.levels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One sample.
@@ -204,7 +226,7 @@ class MaskedPictures:
             UserError: the picture or the mask cannot be read.
         """
         place = self.source.picture(index)
-        image = v2.pil_to_tensor(decode(place, str(place)))
+        image = v2.pil_to_tensor(decode(place, str(place), levels=self.levels))
         mask = torch.from_numpy(self.table.labels(self.source.codes(index)))
         sample = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
         if self.view is not None:
@@ -261,10 +283,11 @@ def masked_splits(
         size = size_of(options.crop_size, "data.crop_size")
     notes = (*dict.fromkeys((*train.notes, *test.notes)), *notes, table.told(sums[0]), *_sparse(table, *sums))
     notes += (f"training views of {size[0]}x{size[1]} out of pictures of {height}x{width}, as most are",)
-    notes += shared_pictures((len(train), train.picture), (len(test), test.picture))
+    levels, told = levels_of(PicturesOf(train))
+    notes += told + shared_pictures((len(train), train.picture), (len(test), test.picture))
     return {
-        "train": MaskedPictures(train, table, options.view(size)),
-        "test": MaskedPictures(test, table),
+        "train": MaskedPictures(train, table, options.view(size), levels),
+        "test": MaskedPictures(test, table, None, levels),
         "num_classes": len(table.names),
         "image_shape": (3, *size),
         "mean": IMAGENET_MEAN,

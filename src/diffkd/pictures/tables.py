@@ -1,5 +1,6 @@
 """Class tables of masks: which value or colour of a mask's pixel means which class."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,28 @@ def is_colour(code: int) -> bool:
     return code >= _RGB
 
 
+def named(lines: Sequence[str]) -> tuple[tuple[str, ...], dict[int, int] | None]:
+    """The classes that value 0, 1 and so on have, and what the values mean, where it is not as it seems.
+
+    A name that comes twice is one class; `void` and `ignore` are no classes.
+
+    >>> named(["road", "car", "road", "void"])
+    (('road', 'car'), {0: 0, 1: 1, 2: 0, 3: 255})
+    >>> named(["road", "car"])
+    (('road', 'car'), None)
+    """
+    names = tuple(dict.fromkeys(name for name in lines if name.lower() not in _VOID_NAMES))
+    if len(names) == len(lines):
+        return names, None
+    return names, {i: names.index(name) if name in names else VOID for i, name in enumerate(lines)}
+
+
 def read_table(place: Path) -> tuple[tuple[str, ...], dict[int, int] | None]:
     """The names of a file's classes, and what its codes mean; None where it says names alone.
 
     One class a line: its name; or the value and the name; or red, green, blue and the name; separated by
-    spaces or commas. Classes are numbered in their order; lines of one name are one class; the names
-    `void` and `ignore` are no classes.
+    spaces, tabs, commas or semicolons. Classes are numbered in their order; lines of one name are one
+    class; the names `void` and `ignore` are no classes.
 
     Raises:
         UserError: the file cannot be read, or its lines are not alike.
@@ -97,8 +114,12 @@ def read_table(place: Path) -> tuple[tuple[str, ...], dict[int, int] | None]:
     try:
         lines = [line.strip() for line in place.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{place}' cannot be read as a list of classes: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else "save it as UTF-8 text"
+        raise UserError(f"'{place}' cannot be read as a list of classes: {reason}") from error
     rows = [_row(line) for line in lines if line and not line.startswith("#")]
+    negative = next((name for _, name in rows if re.match(r"-\d+\b", name)), None)
+    if negative is not None:
+        raise UserError(f"'{place}': the line '{negative}' has a negative value; masks hold 0 and more")
     if len(rows) > 1 and not rows[0][0] and rows[1][0]:
         rows = rows[1:]  # a header
     if not rows:
@@ -112,9 +133,9 @@ def read_table(place: Path) -> tuple[tuple[str, ...], dict[int, int] | None]:
         if not name or (len(numbers) == 3 and not all(0 <= n <= 255 for n in numbers)):
             line = " ".join([*map(str, numbers), name])
             raise UserError(f"'{place}': the line '{line}' has no name, or no colour of 0 to 255")
-    names = tuple(dict.fromkeys(name for _, name in rows if name.lower() not in _VOID_NAMES))
+    names, by_line = named([name for _, name in rows])
     if kinds == {0}:
-        return tuple(name for _, name in rows), None
+        return names, by_line
     codes: dict[int, int] = {}
     for numbers, name in rows:
         code = numbers[0] if len(numbers) == 1 else colour_code(*numbers)
@@ -126,8 +147,8 @@ def read_table(place: Path) -> tuple[tuple[str, ...], dict[int, int] | None]:
 
 def _row(line: str) -> tuple[list[int], str]:
     """The numbers of a line and its name."""
-    if "," in line:
-        fields = [field.strip() for field in line.split(",")]
+    if "," in line or ";" in line:
+        fields = [field.strip() for field in re.split("[,;]", line)]
         numbers = [int(field) for field in fields if field.isdecimal()]
         return numbers, " ".join(field for field in fields if not field.isdecimal())
     fields = line.split()

@@ -87,6 +87,7 @@ class Task(ABC):
         independent: class scores go through a sigmoid each and not through a softmax, for a picture may
             show several classes.
         weighs_classes: its loss weighs classes by `Data.class_weights`.
+        mixes: pictures have one class each, so that two can be mixed.
 
     Args:
         data: the data set the task runs on.
@@ -99,6 +100,7 @@ class Task(ABC):
     resizes: ClassVar[bool] = True
     independent: bool = False
     weighs_classes: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
 
     def __init__(self, data: Data) -> None:
         self.data = data

@@ -48,6 +48,7 @@ class Detection(Task):
     metric = "ap"
     metric_label = "AP"
     resizes = False
+    mixes = False
 
     def __init__(self, data: Data, *, divisor: int = 32, scores: bool = False) -> None:
         super().__init__(data)

@@ -11,6 +11,7 @@ from torchmetrics import Metric, MetricCollection
 from diffkd.batch import Batch
 from diffkd.data.base import Data
 from diffkd.errors import UserError
+from diffkd.maths.boundary import BoundaryIoU
 from diffkd.pictures.joint import VOID, pad_to
 from diffkd.tasks.base import Task
 
@@ -31,6 +32,8 @@ class Segmentation(Task):
             the views' size that overlap by a third, "whole" takes them as they are.
         flip: evaluation averages each picture and its mirror image.
         scales: evaluation averages these sizes of each picture, as factors.
+        boundary_ratio: also Boundary IoU (arXiv 2103.16562), near the edges of each class: in a band of
+            this share of the picture's diagonal, 0.02 in the paper.
 
     Raises:
         UserError: the data set has no classes, or an option is out of its range.
@@ -41,6 +44,7 @@ class Segmentation(Task):
     # of torchvision's, segmentation-models-pytorch's and transformers' models, and of the bare output
     logits = ("", "[out]", "[logits]", "classifier", "segmentation_head.0", "decode_head.classifier")
     resizes = False
+    mixes = False
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class Segmentation(Task):
         inference: Literal["slide", "whole"] = "slide",
         flip: bool = False,
         scales: list[float] = [1.0],  # noqa: B006
+        boundary_ratio: float | None = None,
     ) -> None:
         super().__init__(data)
         if data.num_classes is None:
@@ -58,6 +63,9 @@ class Segmentation(Task):
             raise UserError(f"task.multiple={multiple}: needs 1 pixel or more")
         if not scales or min(scales) <= 0:
             raise UserError(f"task.scales={scales}: needs factors above 0, such as [0.75, 1.0, 1.25]")
+        if boundary_ratio is not None and not 0 < boundary_ratio < 1:
+            raise UserError(f"task.boundary_ratio={boundary_ratio}: needs a share, such as 0.02")
+        self.boundary_ratio = boundary_ratio
         self.num_classes, self.multiple = data.num_classes, multiple
         self.window = tuple(data.image_shape[1:]) if inference == "slide" else None
         self.flip, self.scales = flip, tuple(scales)
@@ -115,7 +123,7 @@ class Segmentation(Task):
             return self._slide(model, images)
         size, total = images.shape[-2:], torch.zeros((), device=images.device)
         for scale in self.scales:
-            view = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
+            view = images if scale == 1 else _scaled(images, scale)
             for mirrored in (False, True)[: 1 + self.flip]:
                 scores = self._slide(model, view.flip(-1) if mirrored else view).softmax(1)
                 total = total + _resized(scores.flip(-1) if mirrored else scores, size)
@@ -144,8 +152,11 @@ class Segmentation(Task):
         return logits[..., : size[0], : size[1]]
 
     def metrics(self) -> MetricCollection:
-        """mIoU, pixel accuracy, the IoU of every class, the confusion matrix."""
-        return MetricCollection({"confusion": Confusion(self.num_classes)}, compute_groups=False)
+        """mIoU, pixel accuracy, the IoU of every class, the confusion matrix; Boundary IoU if asked for."""
+        found: dict[str, Metric] = {"confusion": Confusion(self.num_classes)}
+        if self.boundary_ratio is not None:
+            found["boundary"] = BoundaryIoU(self.num_classes, self.boundary_ratio, VOID)
+        return MetricCollection(found, compute_groups=False)  # type: ignore[arg-type]
 
     def update(self, metrics: MetricCollection, output: Any, batch: Batch) -> None:
         """Counts the pixels of one batch in."""
@@ -277,6 +288,13 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _resized(logits: Tensor, size: Any) -> Tensor:
     return logits if logits.shape[-2:] == size else F.interpolate(logits, size, mode="bilinear")
+
+
+def _scaled(images: Tensor, factor: float) -> Tensor:
+    """Pictures at another size, as training views are resized."""
+    size = [max(round(side * factor), 1) for side in images.shape[-2:]]
+    # of the sizes, not of the factor: pixels must not shift where it does not divide the sides
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def _multiple_of(size: Any, multiple: int) -> tuple[int, int]:
