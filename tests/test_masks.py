@@ -213,12 +213,41 @@ def test_coloured_masks_want_a_table(tmp_path):
         ("0 road\n0 kerb\n", "names 0 twice"),
         ("300 0 0 road\n0 0 0 kerb", "'300 0 0 road' has no name, or no colour"),
         ("1 2 road\n3 4 kerb", "every line needs"),
+        ("-1 road\n0 kerb\n1 car\n", "'-1 road' has a negative value"),
     ],
 )
 def test_class_tables_that_say_nothing(text, says, tmp_path):
     (tmp_path / "classes.txt").write_text(text)
     with pytest.raises(UserError, match=says):
         read_table(tmp_path / "classes.txt")
+
+
+def test_class_tables_as_people_write_them(tmp_path):
+    place = tmp_path / "classes.txt"
+    for text, found in {
+        "0;road\n1;kerb of stone\n": (("road", "kerb of stone"), {0: 0, 1: 1}),
+        "0\troad\n7\tkerb\n": (("road", "kerb"), {0: 0, 7: 1}),
+        "void\nroad\nkerb\nroad\n": (("road", "kerb"), {0: 255, 1: 0, 2: 1, 3: 0}),
+    }.items():
+        place.write_text(text)
+        assert read_table(place) == found
+    place.write_bytes("stra\u00dfe\nkerb\n".encode("latin-1"))
+    with pytest.raises(UserError, match="list of classes: save it as UTF-8 text"):
+        read_table(place)
+    data = build(str(street(tmp_path / "street")), classes=["road", "car", "road"])
+    assert data.class_names == ("road", "car")
+    assert "0/2 = road" in noted(data)
+
+
+def test_pictures_of_12_bits_are_not_black(tmp_path):
+    root = street(tmp_path)
+    for place in (root / "images").glob("*/*.jpg"):
+        grey = np.asarray(Image.open(place).convert("L")).astype(np.uint16) * 16
+        save(place.with_suffix(".png"), grey)
+        place.unlink()
+    data = build(str(root))
+    assert "16-bit pictures: values" in noted(data)
+    assert data.test[0][0].float().mean() > 60
 
 
 def test_one_class_is_too_few(tmp_path):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from diffkd.batch import Batch
 from diffkd.data.base import Data
@@ -69,6 +70,41 @@ def test_mask2former_gives_class_scores_per_position():
     assert scores.shape == (2, K, 16, 16)
     assert (scores.exp().sum(1) > 0).all()
     scores.mean().backward()
+    assert tapped(net) == [
+        ("model.pixel_level_module.decoder.mask_projection", (32, 16, 16)),
+        ("", (K, 16, 16)),
+    ]
+
+
+class Dict(nn.Module):
+    """Logits and others in a dict, as torchvision's models give them, by layers of other names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, K, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return {"aux": x, "out": self.last(x)}
+
+
+def tapped(teacher):
+    """Where a student learns from a teacher by default, and what is tapped there."""
+    task = Segmentation(Data([], [], K, (3, 64, 64)))
+    batch = Batch(torch.rand(2, 3, 64, 64), torch.randint(0, K, (2, 64, 64)))
+    distiller = Distiller(
+        build("simple/unet4"), teacher, None, "diffkd", batch, task=task, logits=task.logits
+    )
+    assert [(p.student.layer, p.is_logits) for p in distiller.pairs][-1] == ("segmentation_head.0", True)
+    assert torch.isfinite(distiller(batch).total)
+    return [(p.teacher.layer, p.teacher.shape) for p in distiller.pairs]
+
+
+def test_models_that_nobody_knows_are_tapped_too():
+    assert tapped(Dict()) == [("first", (6, 32, 32)), ("[out]", (K, 32, 32))]
+    with pytest.warns(UserWarning, match="no feature map was found in the teacher"):
+        assert tapped(nn.Conv2d(3, K, 3, padding=1)) == [("", (K, 64, 64))]
+    assert tapped(build("transformers/mobilevit"))[1][0] == "[logits]"
 
 
 def test_weights_of_an_encoder_from_a_file(tmp_path):

@@ -146,11 +146,44 @@ def test_windows_cover_a_large_picture_and_agree_with_the_whole():
     assert torch.allclose(slid, whole, atol=1e-6)
 
 
+def windows(model, image, high, wide):
+    """Mean logits of a picture `(3, H, W)`, pixel by pixel, over windows that overlap by a third."""
+    height, width = image.shape[1:]
+    total, count = torch.zeros(K, height, width), torch.zeros(height, width)
+    tops = sorted({min(t, height - high) for t in range(0, height, high * 2 // 3)})
+    lefts = sorted({min(x, width - wide) for x in range(0, width, wide * 2 // 3)})
+    for top in tops:
+        for left in lefts:
+            part = model(image[None, :, top : top + high, left : left + wide])[0]
+            for row in range(high):
+                for column in range(wide):
+                    total[:, top + row, left + column] += part[:, row, column]
+                    count[top + row, left + column] += 1
+    return total / count
+
+
+def test_windows_are_those_of_a_naive_loop():
+    torch.manual_seed(0)
+    model, image = nn.Conv2d(3, K, 5, padding=2), torch.rand(3, 23, 17)
+    with torch.no_grad():
+        found = task((9, 12)).predict(model, Batch(image[None]))
+        assert torch.allclose(found[0], windows(model, image, 9, 12), atol=1e-6)
+
+
+def test_other_sizes_do_not_shift_a_picture():
+    rows, columns = torch.meshgrid(torch.arange(23) / 23, torch.arange(37) / 37, indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros(23, 37)])[None]
+    for scale in (0.5, 0.75, 1.3):
+        found = task(inference="whole", scales=[scale]).predict(nn.Identity(), Batch(image))
+        plain = image.softmax(1)
+        assert (found - plain)[..., 2:-2, 2:-2].abs().max() < 2e-3
+
+
 def test_mirror_images_and_other_sizes_are_averaged():
     model, images = nn.Conv2d(3, K, 3, padding=1), torch.rand(2, 3, 16, 16)
     found = task(flip=True, scales=[1.0, 2.0]).predict(model, Batch(images))
     views = [model(images).softmax(1), model(images.flip(-1)).softmax(1).flip(-1)]
-    large = F.interpolate(images, scale_factor=2.0, mode="bilinear")
+    large = F.interpolate(images, (32, 32), mode="bilinear")
     sliding = task()._slide
     views += [sliding(model, large).softmax(1), sliding(model, large.flip(-1)).softmax(1).flip(-1)]
     views = [F.interpolate(view, (16, 16), mode="bilinear") for view in views]

@@ -65,6 +65,14 @@ def test_a_folder_and_two_names_are_distilled_measured_and_gone_on_with(diffkd, 
     assert saved[0] == saved[1]
 
 
+def test_masks_are_not_mixed(diffkd, tmp_path):
+    street(tmp_path / "street", count=3)
+    words = ["data.root=street", *SHORT, UNTRAINED, "student=simple/unet4", "teacher=simple/unet4"]
+    status, _, err = diffkd("distill", "masks", *words, "data.mixup=0.5", "output=a")
+    assert (status, (tmp_path / "a").exists()) == (2, False)
+    assert err == "error: data.mixup and data.cutmix need pictures that have one class each; leave them out\n"
+
+
 def test_binary_masks_of_0_and_255_with_grey_pictures(diffkd, tmp_path):
     random = np.random.default_rng(0)
     for i in range(8):

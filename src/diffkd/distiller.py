@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
+from diffkd.features.defaults import Look, found_taps, say_no_map
 from diffkd.features.pairs import Pair, Probed, pair_up
-from diffkd.features.stages import find_stages
 from diffkd.features.taps import Taps
 from diffkd.features.watch import dry_run
 from diffkd.methods.base import MethodChoice, Setup, chosen_methods
@@ -65,7 +65,7 @@ class Roles(Protocol):
         ...
 
     def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
-        """Default taps; None has them found."""
+        """Default taps, of which some may be left to be found (`features.defaults`); None has all found."""
         ...
 
 
@@ -317,27 +317,25 @@ class Distiller(nn.Module):
     def _default_taps(self, builders: list[Any], sample: Batch, logits: Sequence[str]) -> dict[str, str]:
         """What the methods want, of what the two models have."""
         assert self.teacher is not None
+        student, teacher = (
+            self._look(model, self._roles.prepare(sample, preprocess))
+            for model, preprocess in ((self.student, self.student_input), self._frozen)
+        )
         told = self._roles.taps(self.student, self.teacher)
         if told is not None:
+            told = found_taps(told, student, teacher, logits)
             self._stages = dict.fromkeys(told, "told")
             return told
         wants = {getattr(build, "stages", "last") for build in builders}
         taps: dict[str, str] = {}
         if wants & {"last", "all"}:
-            student, teacher = (
-                self._find_stages(model, self._roles.prepare(sample, preprocess))
-                for model, preprocess in ((self.student, self.student_input), self._frozen)
-            )
-            for side, found in (("student", student), ("teacher", teacher)):
+            ours, theirs = student.stages, teacher.stages
+            for name, found in (("student", ours), ("teacher", theirs)):
                 if not found:
-                    warnings.warn(
-                        f"no feature map was found in the {side} in front of its head: only outputs are "
-                        "tapped; name layers with taps",
-                        stacklevel=5,
-                    )
-            depth = min(len(student), len(teacher), 1 if "all" not in wants else len(student))
+                    say_no_map(name)
+            depth = min(len(ours), len(theirs), 1 if "all" not in wants else len(ours))
             # Stages are matched from the last one back: models differ in their first ones.
-            taps = dict(zip(student[len(student) - depth :], teacher[len(teacher) - depth :], strict=True))
+            taps = dict(zip(ours[len(ours) - depth :], theirs[len(theirs) - depth :], strict=True))
             self._stages = dict.fromkeys(taps, "all")
             if taps:
                 self._stages[list(taps)[-1]] = "last"
@@ -345,8 +343,8 @@ class Distiller(nn.Module):
             taps |= {tap: tap for tap in logits}
         return taps
 
-    def _find_stages(self, model: nn.Module, prepared: Batch) -> list[str]:
-        return find_stages(model, lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
+    def _look(self, model: nn.Module, prepared: Batch) -> Look:
+        return Look(model, lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
         for module in self._frozen:

@@ -130,7 +130,10 @@ class Task(ABC):
         return batch
 
     def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
-        """Layers of the student and the teacher's that they learn from; None has them found."""
+        """Layers of the student and the teacher's that they learn from.
+
+        What is left to be found is `LAST_MAP` or `SCORES` of `diffkd.features.defaults`; None has all found.
+        """
         return None
 
     def run(self, model: nn.Module, batch: Batch) -> Any:

@@ -11,10 +11,12 @@ from torchmetrics import Metric, MetricCollection
 from diffkd.batch import Batch
 from diffkd.data.base import Data
 from diffkd.errors import UserError
+from diffkd.features.defaults import LAST_MAP, SCORES
 from diffkd.maths.boundary import BoundaryIoU
 from diffkd.pictures.joint import VOID, pad_to
 from diffkd.tasks.base import Task
 
+_MASK_FEATURES = "model.pixel_level_module.decoder.mask_projection"  # of Mask2Former, for its queries
 AUXILIARY = 0.5  # weight of an auxiliary head's loss, as torchvision trains them
 
 
@@ -42,7 +44,10 @@ class Segmentation(Task):
     metric = "miou"
     metric_label = "mIoU"
     # of torchvision's, segmentation-models-pytorch's and transformers' models, and of the bare output
-    logits = ("", "[out]", "[logits]", "classifier", "segmentation_head.0", "decode_head.classifier")
+    logits = (
+        *("", "[out]", "[logits]", "[0]"),
+        *("classifier", "segmentation_head.0", "decode_head.classifier"),
+    )
     resizes = False
     mixes = False
 
@@ -79,8 +84,8 @@ class Segmentation(Task):
 
     def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
         """The map in front of each classifier, and the logits before they are resized."""
-        ours, theirs = known_taps(student), known_taps(teacher)
-        return None if ours is None or theirs is None else dict(zip(ours, theirs, strict=True))
+        ours, theirs = (known_taps(model) or (LAST_MAP, SCORES) for model in (student, teacher))
+        return dict(zip(ours, theirs, strict=True))
 
     def sample(self, batch: Batch) -> Batch:
         """The batch at the size of a training view."""
@@ -267,6 +272,12 @@ def known_taps(model: nn.Module) -> tuple[str, str] | None:
     if "backbone" in layers and isinstance(head := layers.get("classifier"), nn.Sequential):
         kept = [i for i, layer in enumerate(list(head)[:-1]) if not isinstance(layer, nn.Dropout)]
         return f"classifier.{kept[-1]}", "classifier"
+    if _MASK_FEATURES in layers:
+        return _MASK_FEATURES, ""
+    if {"neck", "head.head.4"} <= layers.keys():  # transformers' DPT resizes its logits in the same list
+        return "head.head.2", SCORES
+    if {"segmentation_head.aspp", "segmentation_head.classifier"} <= layers.keys():
+        return "segmentation_head.aspp", SCORES
     if "decode_head.classifier" in layers:
         inner = next((n for n in ("decode_head.activation", "decode_head.fpn_bottleneck") if n in layers), "")
         return (inner, "decode_head.classifier") if inner else None
