@@ -93,8 +93,9 @@ class Parts:
         if not (wanted.mixup or wanted.cutmix):
             return None
         if classes is None or not self.task.mixes:
-            what = "a data set with classes" if classes is None else "pictures that have one class each"
-            raise UserError(f"data.mixup and data.cutmix need {what}; leave them out")
+            raise UserError(
+                "data.mixup and data.cutmix need pictures that have one class each; leave them out"
+            )
         return lambda batch, generator: mix_batch(batch, classes, wanted.mixup, wanted.cutmix, generator)
 
     def sample(self, size: int, device: torch.device | None = None) -> Batch:
@@ -215,8 +216,7 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True, student: Side | None 
     check_options(recipe)
     _check_labels(recipe)
     said = recipe.data
-    one = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    with bars_shown(recipe.trainer.progress and one):
+    with bars_shown(recipe.trainer.progress):
         data = build(
             said.name,
             said.root,
@@ -395,8 +395,7 @@ def check_outputs(parts: Parts, sample: Batch) -> None:
         except UserError:
             raise
         except (RuntimeError, ValueError, AssertionError) as error:
-            size = tuple(sample.images[0].shape)
-            first = str(error).splitlines()[0]
+            size, first = tuple(sample.images[0].shape), str(error).splitlines()[0]
             raise UserError(f"{what} '{side.name}' cannot take pictures of {size}: {first}") from error
         finally:
             side.model.train(training)

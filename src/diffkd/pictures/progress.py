@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
+from torch import distributed
 
 T = TypeVar("T")
 _shown: ContextVar[bool] = ContextVar("_shown", default=True)
@@ -15,7 +16,7 @@ _shown: ContextVar[bool] = ContextVar("_shown", default=True)
 
 @contextmanager
 def bars_shown(shown: bool) -> Iterator[None]:
-    """Within, bars are shown or not: by one process of several, where the person wants to see them."""
+    """Within, bars are shown or not, as the person wants."""
     token = _shown.set(shown)
     try:
         yield
@@ -24,12 +25,13 @@ def bars_shown(shown: bool) -> Iterator[None]:
 
 
 def watched(found: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The same, with a bar while it is gone through; it shows where standard error is a terminal.
+    """The same, with a bar while it is gone through: of the first process, where that has a terminal.
 
     >>> list(watched(range(3), 3, "counting"))
     [0, 1, 2]
     """
-    if not _shown.get() or not total or not sys.stderr.isatty():
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    if not (_shown.get() and first and total and sys.stderr.isatty()):
         yield from found
         return
     console = Console(stderr=True, highlight=False)
