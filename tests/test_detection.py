@@ -108,8 +108,8 @@ def _check_page(folder, kind):
     if kind == "coco":
         left, top, bright = box_files.picture(folder / "again.png", 4000)[0]
         red, green, blue = np.asarray(first)[int((top + 12) * 3.75), int(left * 3.75)].astype(int)
-        # classes go by their ids, in which bright comes first: it is red, the other is green
-        assert (red if bright else green) > 2 * max(green if bright else red, blue)
+        # classes go by their ids, in which bright comes first: it is red, the other is blue
+        assert (red if bright else blue) > 1.5 * max(green, blue if bright else red)
 
 
 # --- the roles -------------------------------------------------------------------------------------

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from diffkd import DiffKD, load_student
+from diffkd import Data, DiffKD, load_student
+from diffkd.pictures.view import TestView
 from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
+from diffkd.tasks.detection import Detection
 from diffkd.training.fit import fit
+from diffkd.use import predict
+from diffkd.use.student import Student
 
 SMALL = ["trainer.max_steps=2", "method=none", "teacher=null", "data.workers=0", "trainer.accelerator=cpu"]
 
@@ -91,6 +96,40 @@ def test_boxes_of_pictures(diffkd, pictures, tmp_path):
         assert left + width <= sizes[box["image_id"]][0] + 0.1
         assert top + height <= sizes[box["image_id"]][1] + 0.1
     assert (tmp_path / "found/photos-a-boxes.png").is_file()
+
+
+class FindsTheBright(nn.Module):
+    """A detector of one bright object a picture, with torchvision's contract."""
+
+    def forward(self, images):
+        found = []
+        for image in images:
+            there = image.float().mean(0) > 128
+            down, across = there.any(1).nonzero(), there.any(0).nonzero()
+            box = torch.stack([across.min(), down.min(), across.max() + 1, down.max() + 1]).float()
+            found.append({"boxes": box[None], "scores": torch.ones(1), "labels": torch.tensor([2])})
+        return found
+
+
+def test_boxes_come_back_in_the_pictures_own_pixels(tmp_path, monkeypatch):
+    """Pictures that are shrunk, enlarged, and padded to one size in between."""
+    expected = {"a.png": (200, 100, [20, 40, 110, 90]), "b.png": (60, 90, [5, 30, 25, 85])}
+    for name, (width, height, (left, top, right, bottom)) in expected.items():
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[top:bottom, left:right] = 255
+        Image.fromarray(pixels).save(tmp_path / name)
+    task = Detection(Data([], [], 2, (3, 64, 96)))
+    view = TestView("shortest", (64, 96))
+    student = Student(FindsTheBright(), nn.Identity(), view, task, ("dim", "bright"), {})
+    assert [tuple(student.read(tmp_path / name).shape) for name in expected] == [(3, 48, 96), (3, 96, 64)]
+    monkeypatch.setattr(predict, "load_student", lambda *_, **__: student)
+    done = predict.predict("run", [str(tmp_path / name) for name in expected], str(tmp_path / "found"))
+    for row, (width, height, box) in zip(done.rows, expected.values(), strict=True):
+        assert (row["width"], row["height"]) == (width, height)
+        assert row["boxes"][0]["class"] == "bright"
+        assert row["boxes"][0]["box"] == pytest.approx(box, abs=2.1)  # a pixel of the smaller picture
+        shown = Image.open(tmp_path / "found" / row["picture with boxes"])
+        assert min(shown.size) in (48, 64)
 
 
 def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):

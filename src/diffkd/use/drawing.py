@@ -1,5 +1,6 @@
 """Answers drawn on pictures: colours of classes, label maps, boxes."""
 
+import colorsys
 from collections.abc import Sequence
 
 import torch
@@ -53,12 +54,11 @@ def draw_boxes(
 
     >>> black = torch.zeros(3, 16, 16, dtype=torch.uint8)
     >>> draw_boxes(black, torch.tensor([[2.0, 2, 9, 9]]), torch.tensor([0]), ["a"])[:, 2, 2].tolist()
-    [128, 0, 0]
+    [245, 61, 61]
     """
     image = image.cpu().expand(3, -1, -1)
     if not len(boxes):
         return image
-    colours = palette(len(names) + 1)[1:].tolist()
     words = [names[label] for label in labels.tolist()]
     if scores is not None:
         words = [f"{word} {score:.2f}" for word, score in zip(words, scores.tolist(), strict=True)]
@@ -66,9 +66,8 @@ def draw_boxes(
         image,
         boxes.cpu(),
         words,
-        [tuple(colours[label]) for label in labels.tolist()],
+        [_bright(label) for label in labels.tolist()],
         width=2,
-        label_colors="white",
         fill_labels=True,
     )
     return drawn
@@ -77,3 +76,8 @@ def draw_boxes(
 def picture_of(image: Tensor) -> Image.Image:
     """`(3, H, W)` uint8 as a picture."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _bright(label: int) -> tuple[int, ...]:
+    """A colour that is seen on dark pictures and under black words, far from those of the classes before."""
+    return tuple(round(255 * part) for part in colorsys.hls_to_rgb(label * 0.618034 % 1, 0.6, 0.9))
