@@ -14,7 +14,7 @@ from diffkd.errors import UserError
 from diffkd.features.maps import matched
 from diffkd.maths.layers import conv
 from diffkd.maths.losses import check_not_negative, precise
-from diffkd.methods.base import Method, Setup, needed_features, needed_maps
+from diffkd.methods.base import Method, Range, Setup, needed_features, needed_maps
 
 _TOWERS = {"classes": ("classification_head", "cls_logits"), "boxes": ("regression_head", "bbox_reg")}
 _LARGEST = 4.135  # the logarithm of 1000 / 16: sides of boxes are no larger multiples of their anchors'
@@ -42,6 +42,8 @@ class CrossKD(Method):
     another width than the teacher's gets a 1x1 convolution in between. Every step runs the student's head
     once more, and the teacher's.
 
+    Use it for RetinaNet and FCOS where the teacher's answers and the labels pull the student's head apart.
+
     Args:
         setup: what the run taps: the levels of both pyramids.
         rest: convolutions of the teacher's head that the student's features go through.
@@ -63,6 +65,7 @@ class CrossKD(Method):
     """
 
     stages, uses_logits = "all", False
+    search = (Range("box_weight", 0.5, 4.0),)
 
     def __init__(self, setup: Setup, *, rest: int = 1, beta: float = 1.0, box_weight: float = 1.0) -> None:
         super().__init__()
