@@ -145,7 +145,7 @@ class Parts:
 
     def distiller(self, sample: Batch) -> tuple[Distiller, list[str]]:
         """The distiller of the recipe's methods, and what it has to say of its taps."""
-        methods = {name: {"weight": m.weight, **m.options} for name, m in self.recipe.method.items()}
+        methods = {name: m.choice for name, m in self.recipe.method.items()}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             distiller = Distiller(
@@ -161,6 +161,7 @@ class Parts:
                 num_classes=self.data.num_classes,
                 dataset_size=len(self.data.train),
             )
+        distiller.at(0.5)  # for trials, in the middle of schedules: what pulls later pulls then, too
         return distiller, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
     def step(self, distiller: Distiller) -> "Step":

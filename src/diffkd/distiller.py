@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from diffkd.batch import Batch, as_batch
 from diffkd.errors import UserError
 from diffkd.features.defaults import Look, found_taps, say_no_map
+from diffkd.features.lessons import Lesson, last_stages, lessons_of, taps_by_teacher
 from diffkd.features.pairs import Pair, Probed, pair_up
+from diffkd.features.roles import Plain, Roles, Run, call_model
 from diffkd.features.taps import Taps
 from diffkd.features.watch import dry_run
-from diffkd.methods.base import MethodChoice, Setup, chosen_methods
-
-Run = Callable[[nn.Module, Batch], Any]
+from diffkd.methods.base import Setup
+from diffkd.methods.choice import MethodChoice, chosen_methods, factor_at, share_of
 
 
 class Losses(dict[str, Tensor]):
@@ -39,55 +40,6 @@ class Losses(dict[str, Tensor]):
         return torch.stack([loss.float() for loss in self.values()]).sum()
 
 
-def call_model(model: nn.Module, batch: Batch) -> Any:
-    """The usual forward pass: the model called with the batch's images, a dict as keywords."""
-    images: Any = batch.images
-    return model(**images) if isinstance(images, Mapping) else model(images)
-
-
-class Roles(Protocol):
-    """How models are run: what `diffkd.Task` says, and what a loop of one's own may say by `run` alone."""
-
-    def prepare(self, batch: Batch, preprocess: Callable[[Any], Any]) -> Batch:
-        """The batch as one model sees it."""
-        ...
-
-    def train(self, student: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
-        """The student's output, and its supervised losses."""
-        ...
-
-    def teach(self, teacher: nn.Module, batch: Batch) -> Any:
-        """Runs a model as far as its taps go."""
-        ...
-
-    def frame(self, batch: Batch) -> Batch:
-        """A loader's batch as both models see it, before each one's preparation."""
-        ...
-
-    def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
-        """Default taps, of which some may be left to be found (`features.defaults`); None has all found."""
-        ...
-
-
-class _Plain:
-    """Models called the same way in every role, without losses of their own."""
-
-    def __init__(self, run: Run) -> None:
-        self.teach = run
-
-    def prepare(self, batch: Batch, preprocess: Callable[[Any], Any]) -> Batch:
-        return batch._replace(images=preprocess(batch.images))
-
-    def train(self, student: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
-        return self.teach(student, batch), {}
-
-    def frame(self, batch: Batch) -> Batch:
-        return batch
-
-    def taps(self, student: nn.Module, teacher: nn.Module) -> dict[str, str] | None:
-        return None
-
-
 class Distiller(nn.Module):
     """Everything that distillation adds to a training step.
 
@@ -96,24 +48,32 @@ class Distiller(nn.Module):
 
     Args:
         student: the model to train; its `state_dict` keys stay those of the plain model.
-        teacher: the model to learn from; None trains the student alone.
+        teacher: the model to learn from, or several by name, each with every method of its own; None trains
+            the student alone.
         taps: student layer path to teacher layer path; "" is the model's output. None takes what
-            the methods want: the last feature map and the output, or one map per resolution.
+            the methods want: the last feature map and the output, or one map per resolution. Of several
+            teachers it is for all, or by the teacher's name.
         methods: names with a weight, with options (`{"diffkd": {"weight": 1.0, "num_steps": 3}}`),
             or with a function of the `Setup` that builds the method; names alone
             (`"diffkd+kd"`) have their papers' weights. Two of one class name are called `My` and `My_2`.
             The weight "auto" starts there too; `diffkd`'s own training loop then measures and sets it.
+            Among the options, `taps` are the student's layers that a method learns from, with a factor of
+            its weight each or not (`{"layer3": 0.5, "layer4": 1.0}`, `["layer4"]`), and `schedule` is the
+            factor over the run (`[[0, 0.0], [0.1, 1.0], [1, 0.5]]`, straight lines between), see `at`.
         sample: a batch (images alone will do) for the dry run that probes channels and layouts.
         run: how a model is called with a batch.
         task: how models are run in each role, in place of `run`: a `diffkd.Task`, say.
         logits: taps of the model's output that hold class scores.
         student_input, teacher_input: modules that turn the batch's images into what each model
-            wants (size, normalisation); None passes them on.
+            wants (size, normalisation); None passes them on. Of several teachers one for all, or by name.
+        teacher_weights: how much each of several teachers counts, by name; None counts them alike. Their
+            methods' weights add up to the weight of the one.
         num_classes, dataset_size: for methods that need them.
 
     Attributes:
         weights: what each method's losses are multiplied with, by its name in the losses. A loop may change
-            them between steps: `distiller.weights["kd"] = 1 - progress`.
+            them between steps: `distiller.weights["kd"] = 1 - progress`. Of several teachers the names are
+            `kd_big` and `kd_wide`, for teachers called big and wide.
         pairs: what learns from what.
 
     Raises:
@@ -133,8 +93,8 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
-        taps: Mapping[str, str] | None = None,
+        teacher: nn.Module | Mapping[str, nn.Module] | None,
+        taps: Mapping[str, str] | Mapping[str, Mapping[str, str]] | None = None,
         methods: str | Mapping[str, MethodChoice] = "diffkd",
         sample: Any = None,
         *,
@@ -142,44 +102,49 @@ class Distiller(nn.Module):
         task: Roles | None = None,
         logits: Sequence[str] = ("",),
         student_input: nn.Module | None = None,
-        teacher_input: nn.Module | None = None,
+        teacher_input: nn.Module | Mapping[str, nn.Module] | None = None,
+        teacher_weights: Mapping[str, float] | None = None,
         num_classes: int | None = None,
         dataset_size: int | None = None,
     ) -> None:
         super().__init__()
         self._closed = False
-        shared = (
-            {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()} if teacher else ()
-        )
-        if shared:
-            raise UserError(f"student and teacher share {len(shared)} weights; deep-copy the teacher")
+        self._progress: float | None = None
+        self._lessons: tuple[Lesson, ...] = ()
+        # A tuple of no modules hides the teachers from parameters(), state_dict(), train() and DDP.
+        lessons = lessons_of(teacher, teacher_input, teacher_weights)
+        _refuse_shared(student, lessons)
         self.student = student
         self.student_input = student_input or nn.Identity()
-        # A tuple hides the teacher from parameters(), state_dict(), train() and DDP.
-        self._frozen = _freeze(teacher, teacher_input or nn.Identity()) if teacher is not None else ()
-        self._roles = task or _Plain(run)
+        self._lessons = lessons
+        self._roles = task or Plain(run)
         if sample is None:
             raise UserError("give sample=, a batch of images for the dry run that finds channels and layouts")
-        builders = chosen_methods(dict.fromkeys(methods.split("+")) if isinstance(methods, str) else methods)
-        if teacher is None and builders:
-            raise UserError(f"method '{next(iter(builders))}' needs a teacher")
-        self.weights = {name: choice.weight for name, choice in builders.items()}
-        self.automatic = tuple(name for name, choice in builders.items() if choice.automatic)
+        chosen = chosen_methods(methods)
+        if not lessons and chosen:
+            raise UserError(f"method '{next(iter(chosen))}' needs a teacher")
+        self._tap(taps, [choice.build for choice in chosen.values()], self._framed(sample), logits)
+        self.methods = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        self._chosen: dict[str, _Taught] = {}
+        automatic: list[str] = []
+        independent: bool = getattr(self._roles, "independent", False)
+        for name, choice in chosen.items():
+            for place, lesson in enumerate(lessons):
+                pairs, shares = choice.pairs(name, lesson.wanted(choice.build))
+                if independent:
+                    binary = getattr(choice.build, "binary", False)
+                    pairs = tuple(pair for pair in pairs if binary or not pair.is_logits)
+                setup = Setup(pairs, student, lesson.teacher, num_classes, dataset_size, independent)
+                key = lesson.key(name)
+                self._chosen[key] = _Taught(place, shares, choice.schedule)
+                self.weights[key] = choice.weight * lesson.share
+                automatic += [key] * choice.automatic
+                self.methods[key] = choice.build(setup).to(_device(student))
+        self.automatic = tuple(automatic)
         self.measured = nn.Module()
         for name in self.automatic:
             self.measured.register_buffer(f"of_{name}", torch.tensor(self.weights[name] or 1.0))
-        self.pairs = self._tap(
-            taps, [choice.build for choice in builders.values()], self._framed(sample), logits
-        )
-        self.methods = nn.ModuleDict()
-        independent = getattr(self._roles, "independent", False)
-        for name, (build, *_) in builders.items():
-            assert teacher is not None
-            wanted = _wanted(self.pairs, build if taps is None else None, self._stages)
-            if independent:
-                wanted = tuple(p for p in wanted if not p.is_logits or getattr(build, "binary", False))
-            setup = Setup(wanted, student, teacher, num_classes, dataset_size, independent)
-            self.methods[name] = build(setup).to(_device(student))
 
     if TYPE_CHECKING:
 
@@ -188,9 +153,9 @@ class Distiller(nn.Module):
 
     def close(self) -> None:
         """Lets the teacher go. The student stays as it is; it never carried anything of the Distiller."""
-        self._frozen, self._closed = (), True
         if self.pairs:
-            del self._student_taps, self._teacher_taps
+            del self._student_taps
+        self._lessons, self._closed = (), True
 
     def __enter__(self) -> "Distiller":
         return self
@@ -200,8 +165,21 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The frozen teacher."""
-        return self._frozen[0] if self._frozen else None
+        """The frozen teacher; of several the first."""
+        return self._lessons[0].teacher if self._lessons else None
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """What learns from what, of all teachers."""
+        return tuple(pair for lesson in self._lessons for pair in lesson.pairs)
+
+    def at(self, progress: float) -> None:
+        """Says how far the run is, for weights on a schedule; to be called before each step.
+
+        Args:
+            progress: the share of the run that is done, 0 to 1.
+        """
+        self._progress = progress
 
     def expect(self, batches: int) -> None:
         """Says how many training batches the run will have, for methods that do one thing after another."""
@@ -219,11 +197,20 @@ class Distiller(nn.Module):
         return told | {f"{name}.weight": self.measured.get_buffer(f"of_{name}") for name in self.automatic}
 
     def weight_of(self, name: str) -> float | Tensor:
-        """What a method's losses are multiplied by: a number, or a scalar where that is measured."""
-        # a copy, which the backward pass still finds unchanged after the next measurement
-        return (
-            self.measured.get_buffer(f"of_{name}").clone() if name in self.automatic else self.weights[name]
-        )
+        """What a method's losses are multiplied by: a number, or a scalar where that is measured.
+
+        Raises:
+            UserError: the weight is on a schedule, and nobody said how far the run is.
+        """
+        if name in self.automatic:
+            # a copy, which the backward pass still finds unchanged after the next measurement
+            return self.measured.get_buffer(f"of_{name}").clone()
+        schedule = self._chosen[name].schedule
+        if not schedule:
+            return self.weights[name]
+        if self._progress is None:
+            raise UserError(f"method '{name}' has a schedule: call distiller.at(progress) before each step")
+        return self.weights[name] * factor_at(schedule, self._progress)
 
     def set_measured(self, name: str, weight: Tensor) -> None:
         """Gives a method whose weight is `auto` a weight, a scalar."""
@@ -237,76 +224,81 @@ class Distiller(nn.Module):
                 keyword inputs.
         """
         batch = self._framed(batch)
-        teacher = self._taught(batch)
+        teachers = self._taught(batch)
         prepared = self._roles.prepare(batch, self.student_input)
         if self.pairs:
             output, supervised = self._student_taps.collect(
                 lambda: self._roles.train(self.student, prepared), answer=itemgetter(0)
             )
-            student = self._read(self._student_taps, "student")
+            students = self._learned()
         else:
-            (output, supervised), student = self._roles.train(self.student, prepared), {}
+            output, supervised = self._roles.train(self.student, prepared)
+            students = [{} for _ in self._lessons]
         losses = Losses(output, supervised)
         for name, method in self.methods.items():
-            named: dict[str, Tensor] = method(student, teacher, batch)
+            taught = self._chosen[name]
+            named: dict[str, Tensor] = method(students[taught.lesson], teachers[taught.lesson], batch)
+            weight = self.weight_of(name)
             for key, value in named.items():
-                losses[f"{name}.{key}"] = value * self.weight_of(name)
+                share = share_of(key, taught.shares, name) if taught.shares else 1.0
+                losses[f"{name}.{key}"] = value * (weight * share)
         return losses
 
     def features(self, batch: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The student's features `(B, C, *S)` and the teacher's by pair name, as methods get them."""
+        """The student's features `(B, C, *S)` and the teacher's by pair name, as methods get them.
+
+        Of several teachers those of the first are given.
+        """
         batch = self._framed(batch)
-        teacher = self._taught(batch)
+        teachers = self._taught(batch)
         if not self.pairs:
             return {}, {}
         prepared = self._roles.prepare(batch, self.student_input)
         self._student_taps.collect(lambda: self._roles.teach(self.student, prepared))
-        return self._read(self._student_taps, "student"), teacher
+        return self._learned()[0], teachers[0]
 
     def _framed(self, batch: Any) -> Batch:
-        """The batch as both models see it."""
+        """The batch as all models see it."""
         if self._closed:
             raise UserError("this Distiller is closed: its teacher is gone; make another one")
         return self._roles.frame(as_batch(batch))
 
-    def _taught(self, batch: Batch) -> dict[str, Tensor]:
-        """The teacher's features of a framed batch by pair name."""
-        if not self.pairs:
-            return {}
-        teacher, preprocess = self._frozen
-        with torch.no_grad():
-            prepared = self._roles.prepare(batch, preprocess)
-            self._teacher_taps.collect(lambda: self._roles.teach(teacher, prepared))
-        return self._read(self._teacher_taps, "teacher")
+    def _taught(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """The teachers' features of a framed batch, of each by pair name."""
 
-    def _read(self, taps: Taps, side: str) -> dict[str, Tensor]:
-        """Features by pair name."""
-        features = taps.read()
-        return {pair.name: features[getattr(pair, side).layer] for pair in self.pairs}
+        def run(teacher: nn.Module, prepare: nn.Module) -> Any:
+            return self._roles.teach(teacher, self._roles.prepare(batch, prepare))
+
+        return [lesson.observe(run) for lesson in self._lessons]
+
+    def _learned(self) -> list[dict[str, Tensor]]:
+        """The student's features of its last pass, for each teacher by pair name."""
+        features = self._student_taps.read()
+        return [{p.name: features[p.student.layer] for p in lesson.pairs} for lesson in self._lessons]
 
     def _tap(
-        self,
-        taps: Mapping[str, str] | None,
-        builders: list[Any],
-        sample: Batch,
-        logits: Sequence[str],
-    ) -> tuple[Pair, ...]:
+        self, taps: Mapping[str, Any] | None, builders: list[Any], sample: Batch, logits: Sequence[str]
+    ) -> None:
         """Probes the features and pairs them."""
-        self._stages: dict[str, str] = {}
-        if self.teacher is None:
-            return ()
-        taps = dict(taps) if taps is not None else self._default_taps(builders, sample, logits)
-        if not taps:
-            return ()
-        self._student_taps = Taps(self.student, list(taps))
-        self._teacher_taps = Taps(self.teacher, list(dict.fromkeys(taps.values())))
+        found = [
+            told if told is not None else self._default_taps(lesson, builders, sample, logits)
+            for lesson, told in zip(self._lessons, taps_by_teacher(taps, self._lessons), strict=True)
+        ]
+        layers = dict.fromkeys(layer for chosen in found for layer in chosen)
+        if not layers:
+            return
+        self._student_taps = Taps(self.student, list(layers))
+        for lesson, chosen in zip(self._lessons, found, strict=True):
+            lesson.taps = Taps(lesson.teacher, list(dict.fromkeys(chosen.values())))
         students = self._probe(self._student_taps, self.student, self.student_input, sample, "student")
-        teachers = self._probe(self._teacher_taps, self.teacher, self._frozen[1], sample, "teacher")
+        for lesson, chosen in zip(self._lessons, found, strict=True):
+            assert lesson.taps is not None
+            teachers = self._probe(lesson.taps, lesson.teacher, lesson.prepare, sample, "teacher")
+            lesson.pairs = pair_up(chosen, students, teachers, logits)
         for layer in self._student_taps.without_gradient:
             warnings.warn(
                 f"tap '{layer}' of the student gets no gradient: nothing is learned there", stacklevel=4
             )
-        return pair_up(taps, students, teachers, logits)
 
     def _probe(self, taps: Taps, model: nn.Module, prepare: nn.Module, sample: Batch, side: str) -> Probed:
         prepared = self._roles.prepare(sample, prepare)
@@ -314,31 +306,26 @@ class Distiller(nn.Module):
             shapes = taps.probe(lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
         return Probed(shapes, taps.seen)
 
-    def _default_taps(self, builders: list[Any], sample: Batch, logits: Sequence[str]) -> dict[str, str]:
+    def _default_taps(
+        self, lesson: Lesson, builders: list[Any], sample: Batch, logits: Sequence[str]
+    ) -> dict[str, str]:
         """What the methods want, of what the two models have."""
-        assert self.teacher is not None
-        student, teacher = (
-            self._look(model, self._roles.prepare(sample, preprocess))
-            for model, preprocess in ((self.student, self.student_input), self._frozen)
-        )
-        told = self._roles.taps(self.student, self.teacher)
+        student = self._look(self.student, self._roles.prepare(sample, self.student_input))
+        teacher = self._look(lesson.teacher, self._roles.prepare(sample, lesson.prepare))
+        told = self._roles.taps(self.student, lesson.teacher)
         if told is not None:
             told = found_taps(told, student, teacher, logits)
-            self._stages = dict.fromkeys(told, "told")
+            lesson.stages = dict.fromkeys(told, "told")
             return told
         wants = {getattr(build, "stages", "last") for build in builders}
         taps: dict[str, str] = {}
+        lesson.stages = {}
         if wants & {"last", "all"}:
             ours, theirs = student.stages, teacher.stages
             for name, found in (("student", ours), ("teacher", theirs)):
                 if not found:
                     say_no_map(name)
-            depth = min(len(ours), len(theirs), 1 if "all" not in wants else len(ours))
-            # Stages are matched from the last one back: models differ in their first ones.
-            taps = dict(zip(ours[len(ours) - depth :], theirs[len(theirs) - depth :], strict=True))
-            self._stages = dict.fromkeys(taps, "all")
-            if taps:
-                self._stages[list(taps)[-1]] = "last"
+            taps, lesson.stages = last_stages(ours, theirs, wants)
         if any(getattr(build, "uses_logits", True) for build in builders):
             taps |= {tap: tap for tap in logits}
         return taps
@@ -347,15 +334,26 @@ class Distiller(nn.Module):
         return Look(model, lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
-        for module in self._frozen:
-            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for lesson in self._lessons:
+            for module in (lesson.teacher, lesson.prepare):
+                module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def _freeze(teacher: nn.Module, prepare: nn.Module) -> tuple[nn.Module, ...]:
-    for parameter in teacher.parameters():  # TorchScript has no `requires_grad_` of its own
-        parameter.requires_grad_(False)
-    return teacher.eval(), prepare.eval()
+class _Taught(NamedTuple):
+    """A method of one teacher: which one's it is, and factors of its weight by pair and over the run."""
+
+    lesson: int
+    shares: Mapping[str, float]
+    schedule: tuple[tuple[float, float], ...]
+
+
+def _refuse_shared(student: nn.Module, lessons: Sequence[Lesson]) -> None:
+    own = {id(parameter) for parameter in student.parameters()}
+    for lesson in lessons:
+        shared = own & {id(parameter) for parameter in lesson.teacher.parameters()}
+        if shared:
+            raise UserError(f"student and teacher share {len(shared)} weights; deep-copy the teacher")
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -366,23 +364,3 @@ def _image_size(images: Any) -> tuple[int, ...] | None:
     if isinstance(images, list):
         return tuple(images[0].shape[1:])
     return tuple(images.shape[2:]) if isinstance(images, Tensor) else None
-
-
-def _wanted(pairs: tuple[Pair, ...], build: Any | None, stages: Mapping[str, str]) -> tuple[Pair, ...]:
-    """Of the default taps' pairs, those that a method asks for; of the user's own taps, all."""
-    if build is None:
-        return pairs
-    wants, uses_logits = getattr(build, "stages", "last"), getattr(build, "uses_logits", True)
-    return tuple(
-        pair
-        for pair in pairs
-        if (uses_logits if pair.is_logits else _serves(wants, stages, pair.student.layer))
-    )
-
-
-def _serves(wants: str, stages: Mapping[str, str], layer: str) -> bool:
-    """Whether a method that wants some stages gets a layer; those that a task names serve every method."""
-    if wants == "none":
-        return False
-    told = "told" in stages.values()
-    return told or wants == "all" or stages.get(layer, stages.get(layer.rpartition("[")[0])) == wants

@@ -165,7 +165,9 @@ def _imported(node: ast.AST, place: Path, root: Path) -> Iterator[tuple[Path, li
 
 
 # Files of a room that serve the others there and are not among its choices.
-SUPPORT = ("base", "detectors", "freeze", "measure", "query_detectors", "tensors", "weights", "origin")
+SUPPORT = (
+    *("base", "choice", "detectors", "freeze", "measure", "query_detectors", "tensors", "weights", "origin"),
+)
 
 
 def submodules(package: str) -> list[str]:

@@ -2,20 +2,20 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from diffkd.batch import Batch
-from diffkd.errors import UserError, nearest, told
+from diffkd.errors import UserError
 from diffkd.features.maps import matched
 from diffkd.features.pairs import Feature as Feature
 from diffkd.features.pairs import Pair as Pair
 from diffkd.maths.layers import conv
 from diffkd.maths.losses import check_classes, check_positive, precise, squared_error
-from diffkd.names import load_class, options_of
+from diffkd.names import load_class
 
 
 @dataclass(frozen=True)
@@ -295,76 +295,3 @@ def method_class(name: str) -> type[Method]:
         UserError: there is none of that name; the nearest names are given.
     """
     return load_class("diffkd.methods", name, Method)  # type: ignore[type-abstract]
-
-
-MethodChoice = float | str | Mapping[str, Any] | Callable[[Setup], Method] | None
-
-
-class Chosen(NamedTuple):
-    """What builds a method of a Setup, its weight, and whether that is only the first of measured ones."""
-
-    build: Any
-    weight: float
-    automatic: bool
-
-
-def chosen_methods(methods: Mapping[str, MethodChoice]) -> dict[str, Chosen]:
-    """The methods that somebody named, with weights or options, keyed by a name fit for a module.
-
-    Raises:
-        UserError: a name, an option or a weight is impossible.
-
-    >>> chosen_methods({"kd": {"weight": 0.5, "temperature": 2.0}})["kd"].weight
-    0.5
-    """
-    if not isinstance(methods, Mapping):
-        raise UserError('methods: a name, or names with weights such as {"diffkd": 1.0, "kd": 0.5}')
-    found: dict[str, Chosen] = {}
-    for name, choice in methods.items():
-        stem = key = name.rpartition(":")[2].replace(".", "_")
-        count = 1
-        while key in found:  # of another file
-            count += 1
-            key = f"{stem}_{count}"
-        weight: float | str | None = None
-        if choice is None or isinstance(choice, Mapping):
-            options = dict(choice or {})
-            weight = options.pop("weight", None)
-            build: Any = _Configured(method_class(name), options)
-        elif isinstance(choice, int | float | str):
-            weight, build = choice, _Configured(method_class(name), {})
-        else:
-            build = choice
-        automatic = weight == "auto"
-        if isinstance(weight, str) and not automatic:
-            raise UserError(f"method '{name}': weight '{weight}'; give a number, or auto")
-        number = float(getattr(build, "weight", 1.0) if weight is None or automatic else weight)
-        if number < 0:
-            raise UserError(f"method '{name}': weight {number} is negative")
-        found[key] = Chosen(build, number, automatic)
-    return found
-
-
-class _Configured:
-    """A method's class with its options, waiting for the Setup."""
-
-    def __init__(self, kind: type[Method], options: dict[str, Any]) -> None:
-        self.kind, self.options = kind, options
-        known = options_of(kind)
-        for option in options:
-            if option not in known:
-                raise UserError(
-                    f"method '{kind.__name__}' takes no option '{option}'{nearest(option, known)}"
-                )
-        self.stages, self.uses_logits, self.weight = kind.stages, kind.uses_logits, kind.weight
-        self.binary = kind.binary
-
-    def __call__(self, setup: Setup) -> Method:
-        try:
-            return self.kind(setup, **self.options)  # type: ignore[call-arg]
-        except UserError:
-            raise
-        except Exception as error:
-            if self.kind.__module__.startswith("diffkd."):
-                raise
-            raise UserError(f"method '{self.kind.__name__}' cannot be built: {told(error)}") from error

@@ -98,13 +98,30 @@ class ModelRecipe(Section):
 
 
 class MethodRecipe(OpenSection):
-    """A method's weight and options; no weight is its paper's (`Method.weight`), `auto` is measured.
+    """A method's weight and options.
 
     Attributes:
-        weight: of all the method's losses beside the supervised ones.
+        weight: of its losses; none is its paper's, and `auto` is measured.
+        taps: the student's layers that it learns from, of those that are tapped; all where none are named.
+            `{layer3: 0.5, layer4: 1.0}` gives each a factor of the weight.
+        schedule: factors of the weight over the run, `[[0, 0.0], [0.1, 1.0], [1, 0.5]]`: at a share of the
+            run, with straight lines between.
     """
 
     weight: NotNegative | Literal["auto"] | None = None
+    taps: list[str] | dict[str, NotNegative] | None = None
+    schedule: list[list[NotNegative]] | None = None
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What a Distiller wants to hear of it."""
+        return {"weight": self.weight, "taps": self.taps, "schedule": self.schedule, **self.options}
+
+    @model_validator(mode="after")
+    def _points(self) -> "MethodRecipe":
+        if any(len(point) != 2 for point in self.schedule or ()):
+            raise ValueError("schedule needs pairs [share of the run, factor], such as [[0, 1], [1, 0]]")
+        return self
 
 
 class TeacherTraining(Section):

@@ -211,6 +211,7 @@ class Trainer:
         trainer, optimizer = self.recipe.trainer, self.optimizer
         self.lr = self.recipe.learning_rate * lr_factor(self.recipe.schedule, place.step, self.length)
         set_lr(optimizer, self.lr)
+        self.distiller.at(self.length.progress(place.step))
         with self.fabric.no_backward_sync(self.step, enabled=not updates):
             losses = self.balance(self.step(batch), place.step)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -237,8 +238,7 @@ class Trainer:
 
     def _check_losses(self) -> None:
         self.parts.task.check_seen()
-        bad = self.meter.first_not_finite(self._all_reduce)
-        if bad is not None:
+        if (bad := self.meter.first_not_finite(self._all_reduce)) is not None:
             self._not_finite(f"loss '{bad[0]}' is not finite at step {bad[1]}")
 
     def _check_weights(self, place: Place) -> None:
