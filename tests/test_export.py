@@ -88,3 +88,31 @@ def test_exports_that_cannot_be(diffkd, run, words, said):
     status, _, err = diffkd("export", run, *words)
     assert (status, err.count("\n")) == (2, 1), err
     assert said in err
+
+
+def test_a_detector_leaves_with_its_postprocessing(tmp_path):
+    from diffkd.data.base import Data
+    from diffkd.models.base import Preprocess
+    from diffkd.models.detectors import build
+    from diffkd.pictures.view import TestView
+    from diffkd.tasks.detection import Detection
+    from diffkd.use.deploy import Standing, deployed, distance, examples
+    from diffkd.use.runtime import write
+    from diffkd.use.student import Student
+
+    torch.manual_seed(0)
+    options = {"channels": 32, "levels": [4, 5], "score_thresh": 0.005, "num_convs": 1}
+    model = build("fcos:timm/test_resnet", num_classes=3, image_size=(64, 64), **options).eval()
+    data = Data(range(0), range(0), 3, (3, 64, 64))
+    task, prepare = Detection(data), Preprocess((0.5,) * 3, (0.5,) * 3, None, channels=3)
+    student = Student(model, prepare, TestView("whole"), task, ("a", "b", "c"), {"image_shape": [3, 64, 64]})
+    images = examples(student, None, raw=True)[:1]
+    module = deployed(student, True, images)
+    write(module, images, tmp_path / "a.onnx", "onnx", set(), None, {"class_names": ["a", "b", "c"]})
+    runtime = Onnx(tmp_path / "a.onnx")
+    assert runtime.session.get_modelmeta().custom_metadata_map == {"class_names": '["a", "b", "c"]'}
+    other = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    assert len(module(other)[0]) > 0
+    assert distance(module, runtime, other) < 1e-4
+    (answer,) = Standing(runtime, task)(other[:, :, :50])  # smaller pictures are padded
+    assert set(answer["labels"].tolist()) <= {1, 2, 3}

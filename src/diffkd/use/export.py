@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from diffkd import __version__
 from diffkd.assembly import Parts, Side, assemble, evaluate
 from diffkd.errors import UserError, nearest
-from diffkd.features.outputs import class_scores
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import load
-from diffkd.use.runtime import Onnx, needs, write_onnx
+from diffkd.use.deploy import Detector, Standing, deployed, distance, examples
+from diffkd.use.runtime import Onnx, Runtime, loaded, needs, write
 from diffkd.use.student import Student, load_student, student_folder
 
 Format = Literal["onnx", "torch_export", "torchscript", "safetensors", "timm"]
 SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".torchscript"}
 TOLERANCE = 1e-4
-Runtime = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,32 +99,6 @@ def _value(key: str, text: str) -> Any:
     return None if text in ("", "none", "null") else text
 
 
-class Deployed(nn.Module):
-    """What is exported: the student, its normalisation in front of it on request, one tensor behind it.
-
-    Args:
-        student: of a run.
-        with_preparation: takes uint8 `(B, C, H, W)` and normalises; else takes normalised pictures.
-    """
-
-    def __init__(self, student: Student, with_preparation: bool) -> None:
-        super().__init__()
-        self.model = student.model
-        self.preparation = student.prepare if with_preparation else nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores of pictures: `(B, K)`, or `(B, K, h, w)` of every position."""
-        output = self.model(self.preparation(images))
-        output = output["out"] if isinstance(output, Mapping) and "out" in output else output
-        output = class_scores(output)[0]
-        if not isinstance(output, Tensor):
-            raise UserError(
-                f"the model gives {type(output).__name__}, not class scores: "
-                "only its weights can be exported, to=safetensors"
-            )
-        return output
-
-
 def export(run: str, options: ExportOptions, say: Callable[[str], None] = print) -> Path:
     """Writes a run's student in another format and proves that it gives the same answers.
 
@@ -149,12 +122,18 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
         say(f"written: {made}")
         return made
     parts = _parts(run, options.trust)
-    module = Deployed(student, options.with_preparation).eval()
-    images = _examples(student, parts, options.with_preparation)
+    if parts is None and (options.verify == "full" or options.quantize):
+        raise UserError("verify=full and quantize=int8 need the run folder, for its data")
+    images = examples(student, parts, options.with_preparation)
+    module = deployed(student, options.with_preparation, images)
+    _refuse(module, options)
+    images = images[:1] if isinstance(module, Detector) else images
+    told = _told(student, module, options)
     partial = place.with_name(f"writing-{place.name}")
+    axes = ({0} if options.dynamic_batch else set()) | ({2, 3} if options.dynamic_size else set())
     try:
-        runtime = _write(module, images, partial, options)
-        far = _distance(module, runtime, images)
+        write(module, images, partial, options.to, axes, options.opset, told)
+        far = distance(module, loaded(partial, options.to), images)
         if not far <= TOLERANCE:
             raise UserError(
                 f"{options.to}: answers differ by {far:.2g} from the eager model's; nothing is written"
@@ -164,9 +143,25 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
         partial.unlink(missing_ok=True)
     whose = "test pictures" if parts is not None else "random pictures (no run folder, no data)"
     say(f"written: {place} (answers within {far:.1g} of the eager model's on {len(images)} {whose})")
-    _describe(place, student, options)
+    if isinstance(module, Detector):
+        say("it takes one picture of {}x{} at a time, and gives boxes, scores, labels".format(*module.size))
+    place.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     _measure(place, student, parts, options, say)
     return place
+
+
+def _refuse(module: nn.Module, options: ExportOptions) -> None:
+    """Raises UserError for what cannot be had of detectors."""
+    if not isinstance(module, Detector):
+        return
+    if options.to == "torch_export":
+        raise UserError(
+            "to=torch_export: the number of boxes depends on the picture, which its graphs cannot follow; "
+            "to=onnx and to=torchscript write the whole detector, to=safetensors its weights"
+        )
+    for name in ("dynamic_size", "quantize"):
+        if getattr(options, name):
+            raise UserError(f"{name}: a detector is exported in float, for one picture of one size at a time")
 
 
 def _place(run: str, folder: Path, options: ExportOptions) -> Path:
@@ -186,72 +181,14 @@ def _parts(run: str, trust: bool) -> Parts | None:
     return assemble(wanted, with_teacher=False)
 
 
-def _examples(student: Student, parts: Parts | None, raw: bool) -> Tensor:
-    """A few pictures as the exported model takes them."""
-    if parts is not None:
-        images = parts.sample(8).images
-    else:
-        shape = student.config.get("input_shape") or student.config["image_shape"]
-        images = torch.randint(0, 256, (8, *shape), dtype=torch.uint8)
-    if isinstance(images, list):
-        images = torch.stack([images[0]])
-    if raw:
-        return images if not images.is_floating_point() else (images * 255).round().to(torch.uint8)
-    return student.prepare(images)  # type: ignore[no-any-return]
-
-
-def _write(module: Deployed, images: Tensor, place: Path, options: ExportOptions) -> Runtime:
-    """Writes the file, and gives what runs it."""
-    auto = torch.export.Dim.AUTO
-    dynamic = ({0: auto} if options.dynamic_batch else {}) | (
-        {2: auto, 3: auto} if options.dynamic_size else {}
-    )
-    try:
-        with torch.no_grad():
-            if options.to == "onnx":
-                write_onnx(module, images, place, dynamic, options.opset)
-                return Onnx(place)
-            if options.to == "torchscript":
-                torch.jit.save(torch.jit.trace(module, images, check_trace=False), place)  # type: ignore[no-untyped-call]
-                return torch.jit.load(place)  # type: ignore[no-any-return,no-untyped-call]
-            program = torch.export.export(module, (images,), dynamic_shapes=(dynamic or None,))
-            with place.open("wb") as file:
-                torch.export.save(program, file)
-            with place.open("rb") as file:
-                loaded: Runtime = torch.export.load(file).module()
-            return loaded
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"to={options.to}: this model cannot be exported: {reason}") from error
-
-
-@torch.no_grad()
-def _distance(module: nn.Module, runtime: Runtime, images: Tensor) -> float:
-    return float((module(images) - runtime(images)).abs().max())
-
-
-def _describe(place: Path, student: Student, options: ExportOptions) -> None:
-    """Classes, preparation and figures beside the file, for whoever gets it."""
-    told = {
-        **student.config,
-        "diffkd": __version__,
-        "input": "uint8 (B, C, H, W)" if options.with_preparation else "normalised float (B, C, H, W)",
-    }
-    place.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-
-
-class _Runtime(nn.Module):
-    """An exported file in the model's place."""
-
-    def __init__(self, run: Runtime) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores of pictures."""
-        return self.run(images)
+def _told(student: Student, module: nn.Module, options: ExportOptions) -> dict[str, Any]:
+    """Classes, preparation and figures, for whoever gets the file: in it and beside it."""
+    taken = "uint8" if options.with_preparation else "normalised float"
+    size = f"(1, C, {module.size[0]}, {module.size[1]})" if isinstance(module, Detector) else "(B, C, H, W)"
+    found = {**student.config, "diffkd": __version__, "input": f"{taken} {size}"}
+    if isinstance(module, Detector):
+        found["outputs"] = "boxes (n, 4) left, top, right, bottom in pixels; scores (n,); labels (n,) from 0"
+    return found
 
 
 def _measure(
@@ -259,14 +196,13 @@ def _measure(
 ) -> None:
     """The figures that are asked for, on the run's test data."""
     if parts is None:
-        if options.verify == "full" or options.quantize:
-            raise UserError("verify=full and quantize=int8 need the run folder, for its data")
         return
     metric = parts.task.metric
     recorded = student.config.get("figures", {}).get(metric)
     if options.verify == "full":
-        figure = _figure(_loaded(place, options), student, parts, options)
-        say(f"{metric} of the exported model: {100 * figure:.2f} % (recorded: {100 * recorded:.2f} %)")
+        figure = _figure(loaded(place, options.to), student, parts, options)
+        beside = "" if recorded is None else f" (recorded: {100 * recorded:.2f} %)"
+        say(f"{metric} of the exported model: {100 * figure:.2f} %{beside}")
         if recorded is not None and abs(figure - recorded) > 1e-3:
             raise UserError(f"the exported model's {metric} is {figure:.4f}, the run recorded {recorded:.4f}")
     if options.quantize:
@@ -283,18 +219,9 @@ def _measure(
         say(f"written: {small} ({share:.2f} of the size; {metric} {100 * figure:.2f} %{beside})")
 
 
-def _loaded(place: Path, options: ExportOptions) -> Runtime:
-    if options.to == "onnx":
-        return Onnx(place)
-    if options.to == "torchscript":
-        return torch.jit.load(place)  # type: ignore[no-any-return,no-untyped-call]
-    found: Runtime = torch.export.load(place).module()
-    return found
-
-
 def _figure(runtime: Runtime, student: Student, parts: Parts, options: ExportOptions) -> float:
     prepare: Any = nn.Identity() if options.with_preparation else student.prepare
-    side = Side(student.config["model"], _Runtime(runtime), prepare)
+    side = Side(student.config["model"], Standing(runtime, parts.task), prepare)
     loader = parts.loader(parts.data.test, shuffle=False)
     return evaluate(side, parts.task, loader).scalars[parts.task.metric]
 

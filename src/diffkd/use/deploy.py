@@ -1,0 +1,149 @@
+"""What of a student is exported, and how its answers are compared."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffkd.assembly import Parts
+from diffkd.batch import Batch, Frame
+from diffkd.errors import UserError
+from diffkd.features.outputs import class_scores
+from diffkd.tasks.base import Task
+from diffkd.tasks.detection import Detection
+from diffkd.use.runtime import Answers, Runtime
+from diffkd.use.student import Student
+
+
+class Scorer(nn.Module):
+    """A student with its normalisation in front of it on request, and one tensor behind it.
+
+    Args:
+        student: of a run.
+        with_preparation: takes uint8 `(B, C, H, W)` and normalises; else takes normalised pictures.
+    """
+
+    def __init__(self, student: Student, with_preparation: bool) -> None:
+        super().__init__()
+        self.model = student.model
+        self.preparation = student.prepare if with_preparation else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores of pictures: `(B, K)`, or `(B, K, h, w)` of every position."""
+        output = self.model(self.preparation(images))
+        output = output["out"] if isinstance(output, Mapping) and "out" in output else output
+        output = class_scores(output)[0]
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"the model gives {type(output).__name__}, not class scores: "
+                "only its weights can be exported, to=safetensors"
+            )
+        return output
+
+
+class Detector(nn.Module):
+    """A detector with its postprocessing, for one picture of one size.
+
+    Args:
+        student: of a run.
+        with_preparation: as in `Scorer`.
+        size: `(H, W)` of the picture.
+    """
+
+    def __init__(self, student: Student, with_preparation: bool, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.model, self.size = student.model, size
+        self.preparation = student.prepare if with_preparation else nn.Identity()
+        self._task = (student.task,)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a picture `(1, C, H, W)` boxes `(n, 4)`, scores `(n,)` and labels `(n,)` from 0."""
+        batch = Batch(self.preparation(images), frames=(Frame(self.size, self.size),))
+        (found,) = self._task[0].predict(self.model, batch)
+        return found["boxes"], found["scores"], found["labels"]
+
+
+def deployed(student: Student, with_preparation: bool, images: Tensor) -> Scorer | Detector:
+    """What is exported of a student.
+
+    Args:
+        student: of a run.
+        with_preparation: takes uint8 pictures.
+        images: `(B, C, H, W)` as it will take them.
+    """
+    if isinstance(student.task, Detection):
+        return Detector(student, with_preparation, (images.shape[2], images.shape[3])).eval()
+    return Scorer(student, with_preparation).eval()
+
+
+def examples(student: Student, parts: Parts | None, raw: bool) -> Tensor:
+    """A few pictures `(B, C, H, W)` as the exported model takes them: `raw` uint8, or normalised."""
+    if parts is not None:
+        batch = parts.sample(8)
+    else:
+        shape = student.config.get("input_shape") or student.config["image_shape"]
+        batch = Batch(torch.randint(0, 256, (8, *shape), dtype=torch.uint8))
+    if isinstance(student.task, Detection):
+        batch = student.task.frame(batch)
+    elif isinstance(batch.images, list):
+        batch = Batch(torch.stack([batch.images[0]]))
+    images = batch.images
+    assert isinstance(images, Tensor)
+    if raw:
+        return images if not images.is_floating_point() else (images * 255).round().to(torch.uint8)
+    prepared: Tensor = student.task.prepare(batch, student.prepare).images  # type: ignore[assignment]
+    return prepared
+
+
+@torch.no_grad()
+def distance(module: nn.Module, runtime: Runtime, images: Tensor) -> float:
+    """How far a file's answers are from the module's: of scores, and of boxes as shares of the picture."""
+    ours, theirs = _several(module(images)), _several(runtime(images))
+    if [part.shape for part in ours] != [part.shape for part in theirs]:
+        return float("inf")
+    scales = [max(images.shape[2:]), 1, 1] if len(ours) > 1 else [1]
+    far = [
+        float((a.double() - b.double()).abs().max()) / scale
+        for a, b, scale in zip(ours, theirs, scales, strict=True)
+        if a.numel()
+    ]
+    return max(far, default=0.0)
+
+
+def _several(answers: Answers) -> list[Tensor]:
+    return [answers] if isinstance(answers, Tensor) else list(answers)
+
+
+class Standing(nn.Module):
+    """An exported file in the model's place, for the task to evaluate.
+
+    Args:
+        run: the file as a function.
+        task: of the student.
+    """
+
+    def __init__(self, run: Runtime, task: Task) -> None:
+        super().__init__()
+        self._run = (run,)  # as a module it would be asked to train
+        self._detects = isinstance(task, Detection)
+        self._size: tuple[int, int] | None = getattr(run, "size", None)
+
+    def forward(self, images: Any) -> Any:
+        """Class scores of pictures, or torchvision's answers of a detector, labels from 1."""
+        if not self._detects:
+            return self._run[0](images)
+        return [self._boxes(image[None]) for image in images]
+
+    def _boxes(self, image: Tensor) -> dict[str, Tensor]:
+        if self._size is not None:
+            down, across = (want - has for want, has in zip(self._size, image.shape[2:], strict=True))
+            if min(down, across) < 0:
+                raise UserError(
+                    "verify=full: the exported detector takes pictures of {}x{}, ".format(*self._size)
+                    + "and there are larger ones"
+                )
+            image = F.pad(image, (0, across, 0, down))
+        boxes, scores, labels = self._run[0](image)
+        return {"boxes": boxes, "scores": scores, "labels": labels.long() + 1}
