@@ -2,9 +2,9 @@
 
 import os
 import pickle
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,11 @@ from conftest import TINY
 
 def test_help_and_version_answer_without_torch():
     for flag in ("--help", "--version"):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         command = [sys.executable, "-m", "diffkd.cli", flag]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "diffkd" in done.stdout
-        assert time.perf_counter() - started < 3  # 0.3 s where nothing else runs
+        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.5  # usually 0.3 s
     code = "import sys; sys.argv = ['diffkd', '--version']; from diffkd.cli import app\n"
     code += "try: app()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import nn
 
 from conftest import start
@@ -57,7 +58,9 @@ def worker(fabric, place):
 
 def test_two_processes_give_the_gradients_of_the_double_batch(tmp_path, monkeypatch):
     place = tmp_path / "gradients.pt"
-    Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn").launch(worker, place)
+    Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(start_method="forkserver")).launch(
+        worker, place
+    )
     found = torch.load(place, weights_only=True)
     monkeypatch.setattr(diffkd_file, "noise_like", fixed_noise)
     monkeypatch.setattr(torch, "randint", fixed_timesteps)

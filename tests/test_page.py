@@ -243,6 +243,19 @@ def test_browser_draws_every_section(tmp_path: Path):
 
 
 @browser
+def test_browser_shows_hostile_names_as_text_and_runs_in_steps_as_such(tmp_path: Path):
+    bad = '<img src=x onerror="document.body.dataset.owned=1"><svg onload=alert(1)>&amp;\'`${1}'
+    methods = [_method(name, score) for name, score in (("none", 0.95), (bad, 0.97))]
+    drawn = _browse(tmp_path, page(_comparison(*methods, title=bad, notes=[bad], axis="step", steps=24)))
+    assert "data-owned" not in dict(drawn.tags)["body"]
+    assert not any(tag == "img" or "onerror" in at or "onload" in at for tag, at in drawn.tags)
+    assert bad in drawn.text["tbody"]
+    assert bad in drawn.text["h1"]
+    assert "last step" in drawn.text["thead"]
+    assert "after the last step" in drawn.text["main"]
+
+
+@browser
 def test_browser_answers_clicks_and_pointer(tmp_path: Path):
     act = """
     const all = (query) => [...document.querySelectorAll(query)];

@@ -10,9 +10,9 @@ from diffkd.recipe.schema import load
 RECIPES = [
     name for name in builtin() if not name.startswith("digit") and load(name).task.name == "classification"
 ]
-# Large teachers see small pictures here.
+# Large teachers see small pictures here, and one has fewer blocks of its widths.
 SMALL = {
-    "timm/swin_large_patch4_window7_224": ["teacher.size=64"],
+    "timm/swin_large_patch4_window7_224": ["teacher.size=64", "teacher.options={depths: [2, 2, 2, 2]}"],
     "timm/swin_tiny_patch4_window7_224": ["student.size=64"],
 }
 PAIRS = {
@@ -34,13 +34,13 @@ PAIRS = {
 def stand_in(tmp_path_factory):
     """Random pictures, as arrays of 32x32 and as two folders of classes."""
     root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for split in ("train", "test"):
-        x = random.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
-        np.savez(root / f"{split}.npz", x=x, y=np.arange(16) % 10)
+    for split, count in (("train", 16), ("test", 4)):
+        x = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        np.savez(root / f"{split}.npz", x=x, y=np.arange(count) % 10)
         for kind in ("cat", "dog"):
             folder = root / "pictures" / split / kind
             folder.mkdir(parents=True)
-            for i in range(8):
+            for i in range(count // 2):
                 noise = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(folder / f"{i}.png")
     return root

@@ -1,6 +1,7 @@
 """The loop: it repeats itself to the bit, survives being killed, and never loses a checkpoint."""
 
 import json
+import math
 import os
 import random
 import resource
@@ -209,10 +210,20 @@ def test_untrained_teacher_is_told_of(tiny, tmp_path):
     assert any("teacher 'simple/cnn8' looks untrained" in line for line in said)
 
 
+def _share(schedule, step, per_epoch=22, epochs=6):
+    """Of the learning rate in a step of six epochs; a batch in two is a step where two accumulate."""
+    part = (step / per_epoch - schedule.warmup_epochs) / (epochs - schedule.warmup_epochs)
+    if part < 0:
+        return step / per_epoch / schedule.warmup_epochs
+    formulas = {"poly": (1 - part) ** 0.9, "cosine": (1 + math.cos(math.pi * part)) / 2, "constant": 1.0}
+    return formulas[schedule.name]
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("trainer.precision=bf16",),
+        ("trainer.precision=fp16", "schedule=constant"),
         ("trainer.channels_last=true",),
         ("trainer.clip_grad_norm=1", "schedule={name: poly, warmup_epochs: 1}"),
         ("optimizer={name: adamw, lr: 0.002}", "trainer.ema=0.5"),
@@ -221,8 +232,11 @@ def test_untrained_teacher_is_told_of(tiny, tmp_path):
 )
 def test_every_way_to_train_learns(tiny, tmp_path, words):
     folder = run(tiny, tmp_path / "a", "data.batch_size=64", "method=none", "trainer.epochs=6", *words)
-    rows = folder.read_history()
+    rows, recipe = folder.read_history(), load(str(folder.recipe_file))
     assert all(row["loss"] > 0 for row in rows)
+    steps = 22 // (recipe.trainer.accumulate or 1)
+    lrs = [recipe.optimizer.lr * _share(recipe.schedule, row["step"] - 1, steps) for row in rows]
+    assert [row["lr"] for row in rows] == pytest.approx(lrs)
     if "trainer.max_steps=3" in words:
         assert rows[-1]["step"] == 3
     else:

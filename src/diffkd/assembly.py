@@ -28,6 +28,7 @@ from diffkd.runs.content import digests
 from diffkd.runs.identity import Identity, identify
 from diffkd.tasks.base import Figures, Task, task_class
 
+_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST = 16  # samples whose targets are looked at before any work
 
 
@@ -167,6 +168,16 @@ class Parts:
     def step(self, distiller: Distiller) -> "Step":
         """One training step as a module."""
         return Step(distiller, self.recipe.task_weight, self.student.frozen)
+
+    def evaluate(
+        self,
+        side: Side,
+        loader: Loader,
+        reference: Side | None = None,
+        show: Callable[[Batch, Any], None] | None = None,
+    ) -> Figures:
+        """`evaluate` in the precision of the recipe."""
+        return evaluate(side, self.task, loader, reference, show, self.recipe.trainer.precision)
 
     def cost(self, side: Side) -> Cost:
         """What one model costs, measured on one test image."""
@@ -319,8 +330,9 @@ def evaluate(
     loader: Loader,
     reference: Side | None = None,
     show: Callable[[Batch, Any], None] | None = None,
+    precision: str = "fp32",
 ) -> Figures:
-    """The task's figures, 0 to 1, of a model over a whole split, in the precision of its weights.
+    """The task's figures, 0 to 1, of a model over a whole split.
 
     Args:
         side: the model.
@@ -328,6 +340,7 @@ def evaluate(
         loader: of the split.
         reference: the model whose answers stand for the labels where the pictures carry none.
         show: is given every batch with the answers for it.
+        precision: of a run: `bf16` and `fp16` compute where the task's figures bear it.
 
     Raises:
         UserError: the pictures carry no labels, and there is no reference.
@@ -338,12 +351,16 @@ def evaluate(
     metrics = task.metrics().to(loader.device)
     for metric in metrics.values(copy_state=False):
         metric.sync_on_compute = loader.world_size > 1  # else this process has seen all there is
+    reduced = _REDUCED.get(precision) if task.half else None
     for batch in loader.epoch():
-        if batch.targets is None:
-            if reference is None:
-                raise UserError("the test pictures carry no labels, and there is no teacher to agree with")
-            batch = batch._replace(targets=task.answers(reference.forward(task, batch)))
-        answers = side.forward(task, batch)
+        with torch.autocast(loader.device.type, reduced, enabled=reduced is not None):
+            if batch.targets is None:
+                if reference is None:
+                    raise UserError("the test pictures carry no labels; there is no teacher to agree with")
+                batch = batch._replace(targets=task.answers(reference.forward(task, batch)))
+            answers = side.forward(task, batch)
+        if reduced is not None and isinstance(answers, Tensor) and answers.is_floating_point():
+            answers = answers.float()
         task.update(metrics, answers, batch)
         if show is not None:
             show(batch, answers)

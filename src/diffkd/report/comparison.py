@@ -187,15 +187,15 @@ def rich_table(comparison: Mapping[str, Any]) -> Table:
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """The table in Markdown, with what it was measured on."""
-    columns = _columns(comparison)
+    columns, axis = _columns(comparison), comparison.get("axis", "epoch")
     rows = [[title for title, _ in columns], ["---", *["---:"] * (len(columns) - 1)]]
     rows += [[cell(method) for _, cell in columns] for method in comparison["methods"]]
     lines = [caption(comparison), ""] + ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
-        "Mean ± standard deviation over the seeds; to none, to kd: mean of the paired differences after the "
-        "last epoch, with its 95 % interval. The best epoch is chosen on the test data, so it flatters all. "
-        f"{comparison['machine']}, {comparison['date']}.",
+        "Mean ± standard deviation over the seeds; to none, to kd: mean of the paired differences after "
+        f"the last {axis}, with its 95 % interval. The best {axis} is chosen on the test data, so it flatters "
+        f"all. {comparison['machine']}, {comparison['date']}.",
     ]
     lines += class_tables(comparison.get("per_class", ()))
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
 from diffkd import __version__
-from diffkd.assembly import Parts, Side, assemble, check_outputs, evaluate
+from diffkd.assembly import Parts, Side, assemble, check_outputs
 from diffkd.errors import UserError
 from diffkd.maths.randomness import cpu_threads, seed_everything
 from diffkd.recipe.schema import Recipe, load
@@ -28,6 +28,7 @@ from diffkd.tasks.base import Figures, Task
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
+from diffkd.training.devices import as_channels_last
 from diffkd.use.student import Student, load_student
 from diffkd.use.trained import as_trained
 
@@ -78,7 +79,7 @@ class Evaluation:
 
 
 def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
-    """The student's figures on its test data, or on other data, one line each, in full precision.
+    """The student's figures on its test data, or on other data, one line each, in the run's precision.
 
     Where it errs is written to `evaluation/` in the run folder, and shown on the run's page:
     `figures.json` with all figures, `classes.csv`, the confusion matrix as `confusion.csv` and
@@ -148,6 +149,8 @@ def measure(folder: RunFolder, words: Sequence[str] = (), *, trust: bool = False
     loader = parts.loader(parts.data.test, shuffle=False, device=device)
     account = _account(parts.task, student.class_names)
     teacher = parts.teacher and parts.teacher.to(device)
+    if recipe.trainer.channels_last:
+        as_channels_last(side.model, teacher and teacher.model)
     with cpu_threads(recipe.trainer.threads), _bar(recipe, len(loader)) as bar:
 
         def show(batch: Any, answers: Any) -> None:
@@ -156,7 +159,7 @@ def measure(folder: RunFolder, words: Sequence[str] = (), *, trust: bool = False
             bar.step(1, len(batch.images))
             bar.show("", {})
 
-        figures = evaluate(side.to(device), parts.task, loader, teacher, show)
+        figures = parts.evaluate(side.to(device), loader, teacher, show)
     return Evaluation(summary, tuple(words), parts, figures, account)
 
 

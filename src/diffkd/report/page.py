@@ -57,7 +57,7 @@ def _verdict(comparison: dict[str, Any]) -> tuple[str, str]:
     ranked = sorted(methods, key=lambda method: -sign * method["last"]["mean"])
     best, plain = ranked[0], next((method for method in ranked if method["name"] == "none"), None)
     name, score = best["name"], f"{_percent(best['last']['mean'])} % {label}"
-    lead = f"{text(_upper(label))} after the last epoch: {_score(best)}"
+    lead = f"{text(_upper(label))} after the last {_axis(comparison)}: {_score(best)}"
     if best is plain:
         if len(ranked) == 1:
             return f"Training without distillation reaches {score}.", f"{lead}."
@@ -104,9 +104,14 @@ def _score(method: dict[str, Any]) -> str:
     return f"<b>{_percent(last['mean'])}{' ± ' + _percent(last['std']) if spread else ''} %</b>"
 
 
+def _axis(comparison: dict[str, Any]) -> str:
+    """What the runs count in, `epoch` or `step`."""
+    return str(comparison.get("axis") or "epoch")
+
+
 def _facts(comparison: dict[str, Any]) -> Iterator[str]:
     """How much was compared: methods, seeds, epochs."""
-    axis = comparison.get("axis") or "epoch"
+    axis = _axis(comparison)
     counts = [len(comparison.get(key) or []) for key in ("methods", "seeds")] + [
         comparison.get(f"{axis}s") or 0
     ]
@@ -118,15 +123,16 @@ def _facts(comparison: dict[str, Any]) -> Iterator[str]:
 def _made(comparison: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """How it was made, and what its words mean."""
     yield "Equal terms", "Same student start, same data order, same schedule for every method at a seed."
+    axis = _axis(comparison)
     facts = {
         "Seeds": ", ".join(map(str, comparison.get("seeds") or [])),
-        "Epochs": comparison.get("epochs"),
+        f"{axis.capitalize()}s": comparison.get(f"{axis}s"),
         "Date": _day(comparison.get("date") or ""),
         "Machine": comparison.get("machine"),
     }
     yield from ((name, str(value)) for name, value in facts.items() if value)
-    yield "Last epoch", "The score after the last epoch, with nothing chosen. This is the fair figure."
-    yield "Best epoch", "The best score of any epoch. It is chosen on the test data, so it flatters."
+    yield f"Last {axis}", f"The score after the last {axis}, with nothing chosen. This is the fair figure."
+    yield f"Best {axis}", f"The best score of any {axis}. It is chosen on the test data, so it flatters."
     intervals = [(method.get("to_none") or {}).get("low") for method in comparison.get("methods") or []]
     if sum(low is not None for low in intervals) > 1:
         yield "Intervals", "Each 95 % interval stands alone; with many methods, one may clear zero by luck."

@@ -219,6 +219,7 @@ class Classification(Task):
     metric = "top1"
     metric_label = "top-1"
     weighs_classes = True
+    half = True
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class Segmentation(Task):
     )
     resizes = False
     mixes = False
+    half = True
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
+from torch import nn
 
 from diffkd.errors import UserError
 from diffkd.recipe.schema import Recipe
@@ -59,6 +60,13 @@ def expect_unused(fabric: Fabric, names: Sequence[str]) -> str:
         fabric.strategy._ddp_kwargs["find_unused_parameters"] = True
     shown = ", ".join(name.removeprefix("distiller.") for name in names[:3])
     return f"no gradient reaches {len(names)} weights, they stay as they are: {shown}"
+
+
+def as_channels_last(*modules: nn.Module | None) -> None:
+    """Brings the kernels of modules, where there are any, into the layout that reads channels together."""
+    for module in modules:
+        if module is not None:
+            module.to(memory_format=torch.channels_last)
 
 
 def fuses(fabric: Fabric, trainer: TrainerRecipe) -> bool:

@@ -182,6 +182,7 @@ def _judged(parts: Parts) -> str:
         teacher.prepare.size,
     ]
     told = [teacher.name, repr(recipe.teacher and recipe.teacher.options), repr(seen)]
+    told.append(recipe.trainer.precision)
     told += [
         recipe.task.name,
         repr(recipe.task.options),

@@ -9,7 +9,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
 
-from diffkd.assembly import Side, assemble, check_outputs, describe_student, evaluate
+from diffkd.assembly import Side, assemble, check_outputs, describe_student
 from diffkd.batch import Batch
 from diffkd.errors import NotFiniteError, UserError
 from diffkd.maths.randomness import random_state, seed_everything, set_random_state
@@ -21,7 +21,7 @@ from diffkd.runs.places import check_folder, check_identity
 from diffkd.tasks.base import Figures, near_chance
 from diffkd.training.balance import Balance
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state, unwrapped
-from diffkd.training.devices import expect_unused, fuses, gathered, on_first
+from diffkd.training.devices import as_channels_last, expect_unused, fuses, gathered, on_first
 from diffkd.training.dryrun import try_step
 from diffkd.training.ema import Ema
 from diffkd.training.ending import summary_of
@@ -85,7 +85,7 @@ class Trainer:
         if silent:
             self.warnings.append(expect_unused(fabric, silent))
         if recipe.trainer.channels_last:
-            step.to(memory_format=torch.channels_last)
+            as_channels_last(step, self.ema and self.ema.model, parts.teacher and parts.teacher.model)
         if recipe.trainer.compile:
             for module in (parts.student.model, self.distiller.teacher, *self.distiller.methods.values()):
                 if module is not None:
@@ -163,7 +163,7 @@ class Trainer:
         if teacher is None:
             return None
         figures = teacher_figures(
-            parts, self.fabric, lambda: evaluate(teacher, parts.task, self.test_loader, teacher)
+            parts, self.fabric, lambda: parts.evaluate(teacher, self.test_loader, teacher)
         )
         score, chance = figures[parts.task.metric], parts.task.chance
         if chance is not None and near_chance(score, chance, len(parts.data.test)):
@@ -285,7 +285,7 @@ class Trainer:
         if self.fabric.world_size > 1:
             for buffer in self.shipped.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return evaluate(self.shipped, self.parts.task, self.test_loader, self.parts.teacher)
+        return self.parts.evaluate(self.shipped, self.test_loader, self.parts.teacher)
 
     # --- saving ----------------------------------------------------------------------------------
 
