@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffkd import Data, UserError
-from diffkd.assembly import Side, evaluate
+from diffkd.assembly import Side
 from diffkd.models.base import Preprocess
 from diffkd.pictures.loading import Loader
 from diffkd.pictures.memory import ArraySplit
@@ -22,6 +22,7 @@ from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.training.devices import in_one_line
+from diffkd.training.evaluation import evaluate
 
 
 def test_a_run_folder_is_one_processs_and_an_unused_one_leaves_no_trace(tmp_path):

@@ -26,9 +26,8 @@ from diffkd.pictures.view import TestView
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
 from diffkd.runs.content import digests
 from diffkd.runs.identity import Identity, identify
-from diffkd.tasks.base import Figures, Task, task_class
+from diffkd.tasks.base import Task, task_class
 
-_REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST = 16  # samples whose targets are looked at before any work
 
 
@@ -168,16 +167,6 @@ class Parts:
     def step(self, distiller: Distiller) -> "Step":
         """One training step as a module."""
         return Step(distiller, self.recipe.task_weight, self.student.frozen)
-
-    def evaluate(
-        self,
-        side: Side,
-        loader: Loader,
-        reference: Side | None = None,
-        show: Callable[[Batch, Any], None] | None = None,
-    ) -> Figures:
-        """`evaluate` in the precision of the recipe."""
-        return evaluate(side, self.task, loader, reference, show, self.recipe.trainer.precision)
 
     def cost(self, side: Side) -> Cost:
         """What one model costs, measured on one test image."""
@@ -321,52 +310,6 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
     section = "teacher" if isinstance(wanted, TeacherRecipe) else "student"
     side.frozen = freeze(model, wanted.freeze, wanted.freeze_norm, section)
     return side
-
-
-@torch.no_grad()
-def evaluate(
-    side: Side,
-    task: Task,
-    loader: Loader,
-    reference: Side | None = None,
-    show: Callable[[Batch, Any], None] | None = None,
-    precision: str = "fp32",
-) -> Figures:
-    """The task's figures, 0 to 1, of a model over a whole split.
-
-    Args:
-        side: the model.
-        task: computes the figures.
-        loader: of the split.
-        reference: the model whose answers stand for the labels where the pictures carry none.
-        show: is given every batch with the answers for it.
-        precision: of a run: `bf16` and `fp16` compute where the task's figures bear it.
-
-    Raises:
-        UserError: the pictures carry no labels, and there is no reference.
-    """
-    modes = [(s.model, s.model.training) for s in (side, reference) if s is not None]
-    for model, _ in modes:
-        model.eval()
-    metrics = task.metrics().to(loader.device)
-    for metric in metrics.values(copy_state=False):
-        metric.sync_on_compute = loader.world_size > 1  # else this process has seen all there is
-    reduced = _REDUCED.get(precision) if task.half else None
-    for batch in loader.epoch():
-        with torch.autocast(loader.device.type, reduced, enabled=reduced is not None):
-            if batch.targets is None:
-                if reference is None:
-                    raise UserError("the test pictures carry no labels; there is no teacher to agree with")
-                batch = batch._replace(targets=task.answers(reference.forward(task, batch)))
-            answers = side.forward(task, batch)
-        if reduced is not None and isinstance(answers, Tensor) and answers.is_floating_point():
-            answers = answers.float()
-        task.update(metrics, answers, batch)
-        if show is not None:
-            show(batch, answers)
-    for model, training in modes:
-        model.train(training)
-    return Figures.of(metrics.compute())
 
 
 def describe_student(parts: Parts, figures: Mapping[str, Any]) -> dict[str, Any]:

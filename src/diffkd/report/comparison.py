@@ -193,9 +193,9 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     lines = [caption(comparison), ""] + ["| " + " | ".join(row) + " |" for row in rows]
     lines += [
         "",
-        "Mean ± standard deviation over the seeds; to none, to kd: mean of the paired differences after "
-        f"the last {axis}, with its 95 % interval. The best {axis} is chosen on the test data, so it flatters "
-        f"all. {comparison['machine']}, {comparison['date']}.",
+        "Mean ± standard deviation over the seeds; to none, to kd: mean of the paired differences "
+        f"after the last {axis}, with its 95 % interval. The best {axis} is chosen on the test data, so it "
+        f"flatters all. {comparison['machine']}, {comparison['date']}.",
     ]
     lines += class_tables(comparison.get("per_class", ()))
     return "\n".join(lines) + "\n"

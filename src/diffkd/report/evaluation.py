@@ -29,6 +29,7 @@ from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.training.devices import as_channels_last
+from diffkd.training.evaluation import evaluate
 from diffkd.use.student import Student, load_student
 from diffkd.use.trained import as_trained
 
@@ -150,7 +151,7 @@ def measure(folder: RunFolder, words: Sequence[str] = (), *, trust: bool = False
     account = _account(parts.task, student.class_names)
     teacher = parts.teacher and parts.teacher.to(device)
     if recipe.trainer.channels_last:
-        as_channels_last(side.model, teacher and teacher.model)
+        as_channels_last(*(held.model for held in (side, teacher) if held is not None))
     with cpu_threads(recipe.trainer.threads), _bar(recipe, len(loader)) as bar:
 
         def show(batch: Any, answers: Any) -> None:
@@ -159,7 +160,7 @@ def measure(folder: RunFolder, words: Sequence[str] = (), *, trust: bool = False
             bar.step(1, len(batch.images))
             bar.show("", {})
 
-        figures = parts.evaluate(side.to(device), loader, teacher, show)
+        figures = evaluate(side.to(device), parts.task, loader, teacher, show, recipe.trainer.precision)
     return Evaluation(summary, tuple(words), parts, figures, account)
 
 

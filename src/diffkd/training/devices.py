@@ -62,11 +62,10 @@ def expect_unused(fabric: Fabric, names: Sequence[str]) -> str:
     return f"no gradient reaches {len(names)} weights, they stay as they are: {shown}"
 
 
-def as_channels_last(*modules: nn.Module | None) -> None:
-    """Brings the kernels of modules, where there are any, into the layout that reads channels together."""
+def as_channels_last(*modules: nn.Module) -> None:
+    """Brings the kernels of modules into the layout that reads channels together."""
     for module in modules:
-        if module is not None:
-            module.to(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)
 
 
 def fuses(fabric: Fabric, trainer: TrainerRecipe) -> bool:

@@ -25,6 +25,7 @@ from diffkd.training.devices import as_channels_last, expect_unused, fuses, gath
 from diffkd.training.dryrun import try_step
 from diffkd.training.ema import Ema
 from diffkd.training.ending import summary_of
+from diffkd.training.evaluation import evaluate
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.length import Length
 from diffkd.training.meter import Meter, Place
@@ -85,7 +86,8 @@ class Trainer:
         if silent:
             self.warnings.append(expect_unused(fabric, silent))
         if recipe.trainer.channels_last:
-            as_channels_last(step, self.ema and self.ema.model, parts.teacher and parts.teacher.model)
+            beside = (held.model for held in (self.ema, parts.teacher) if held is not None)
+            as_channels_last(step, *beside)
         if recipe.trainer.compile:
             for module in (parts.student.model, self.distiller.teacher, *self.distiller.methods.values()):
                 if module is not None:
@@ -162,9 +164,7 @@ class Trainer:
         parts, teacher = self.parts, self.parts.teacher
         if teacher is None:
             return None
-        figures = teacher_figures(
-            parts, self.fabric, lambda: parts.evaluate(teacher, self.test_loader, teacher)
-        )
+        figures = teacher_figures(parts, self.fabric, lambda: self._evaluate(teacher))
         score, chance = figures[parts.task.metric], parts.task.chance
         if chance is not None and near_chance(score, chance, len(parts.data.test)):
             self.reporter.warn(
@@ -285,7 +285,11 @@ class Trainer:
         if self.fabric.world_size > 1:
             for buffer in self.shipped.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return self.parts.evaluate(self.shipped, self.test_loader, self.parts.teacher)
+        return self._evaluate(self.shipped)
+
+    def _evaluate(self, side: Side) -> Figures:
+        task, teacher = self.parts.task, self.parts.teacher
+        return evaluate(side, task, self.test_loader, teacher, precision=self.recipe.trainer.precision)
 
     # --- saving ----------------------------------------------------------------------------------
 
