@@ -91,6 +91,7 @@ def mistakes():
         "unknown task": (("tiny.yaml", "task=classificatoin"), "classification"),
         "output under a file": (("tiny.yaml", "output=tiny.yaml/run"), "tiny.yaml"),
         "device that is not there": (("tiny.yaml", "trainer.accelerator=cuda"), "accelerator"),
+        "halves on a processor": (("tiny.yaml", "trainer.precision=fp16"), "use bf16, or fp32"),
         "no teacher": (("tiny.yaml", "teacher=null"), "teacher"),
         "cache under a file": (
             ("tiny.yaml", "teacher.train.epochs=1", "student=simple/cnn3"),

@@ -223,7 +223,7 @@ def _share(schedule, step, per_epoch=22, epochs=6):
     "words",
     [
         ("trainer.precision=bf16",),
-        ("trainer.precision=fp16", "schedule=constant"),
+        ("trainer.ema=0.9", "schedule=constant"),
         ("trainer.channels_last=true",),
         ("trainer.clip_grad_norm=1", "schedule={name: poly, warmup_epochs: 1}"),
         ("optimizer={name: adamw, lr: 0.002}", "trainer.ema=0.5"),

@@ -119,6 +119,8 @@ def make_fabric(recipe: Recipe) -> Fabric:
     on_cpu = wanted.accelerator == "cpu" or not any(available.values())
     if on_cpu and isinstance(wanted.devices, int) and wanted.devices > most:
         raise UserError(f"trainer.devices={wanted.devices}: more than the {most} processes that serve here")
+    if on_cpu and wanted.precision == "fp16":  # Fabric would take bf16 in its place
+        raise UserError("trainer.precision=fp16: processors do not train so; use bf16, or fp32")
     if count is not None and isinstance(wanted.devices, int) and wanted.devices > count:
         raise UserError(
             f"trainer.devices={wanted.devices}: there are {count} {wanted.accelerator} device(s) here"
