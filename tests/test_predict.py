@@ -62,11 +62,16 @@ def test_an_unreadable_picture_is_named_and_left_out(diffkd, pictures, tmp_path)
     assert "2 pictures, 1 unreadable" in out
     status, _, err = diffkd("predict", run, "nowhere")
     assert (status, "'nowhere': no such picture" in err) == (2, True)
+    status, _, err = diffkd("predict", run, pictures, "top=0")
+    assert (status, err) == (2, "error: top=0: needs at least 1\n")
 
 
 def test_label_maps_of_pictures(diffkd, pictures, tmp_path):
     words = ["data=digit_scenes", "data.kind=segmentation", "data.train_scenes=16", "data.test_scenes=2"]
     run = trained(tmp_path / "run", "masks", *words, "data.batch_size=8", "student=simple/unet4")
+    (pictures / "more").mkdir()
+    for name, mode in (("a.jpg", "CMYK"), ("more/a.png", "L"), ("more/b.png", "RGBA")):  # equal names
+        Image.open(pictures / "a.png").convert(mode).save(pictures / name)
     status, _, err = diffkd("predict", run, pictures, "output=found")
     assert status == 0, err
     student = load_student(run)
@@ -77,6 +82,7 @@ def test_label_maps_of_pictures(diffkd, pictures, tmp_path):
         assert torch.equal(torch.from_numpy(found.copy()).long(), expected)
         assert Image.open(tmp_path / "found" / row["overlay"]).size == Image.open(row["picture"]).size
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-4)
+    assert len(list((tmp_path / "found").glob("*-labels.png"))) == 5
 
 
 def test_boxes_of_pictures(diffkd, pictures, tmp_path):
@@ -134,8 +140,9 @@ def test_boxes_come_back_in_the_pictures_own_pixels(tmp_path, monkeypatch):
 
 def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):
     assert diffkd("distill", "tiny.yaml", "output=run")[0] == 0
+    (pictures / "broken.png").write_bytes(b"no picture")
     status, out, err = diffkd("visualize", "run", pictures)
-    assert status == 0, err
+    assert (status, err) == (1, f"cannot read picture '{pictures / 'broken.png'}': it is no picture\n")
     assert "2 pictures: run/denoising/index.html" in out
     page = (tmp_path / "run/denoising/index.html").read_text()
     assert page.count("data:image/png;base64,") == 2

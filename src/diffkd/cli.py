@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -107,11 +108,7 @@ def predict(
     """Let a run's student answer for pictures: classes, label maps or boxes."""
     from diffkd.use.predict import predict_words
 
-    unreadable = predict_words(run, words)
-    for line in unreadable:
-        print(line, file=sys.stderr)
-    if unreadable:
-        raise typer.Exit(1)
+    _say_unreadable(predict_words(run, words))
 
 
 @app.command()
@@ -142,7 +139,7 @@ def visualize(
     """Show the denoising: the student's feature before, on its way and after, and the teacher's."""
     from diffkd.use.visualize import visualize as write
 
-    write(run, pictures)
+    _say_unreadable(write(run, pictures)[1])
 
 
 @app.command()
@@ -209,6 +206,13 @@ def clean(
     if found and wanted.remove and (wanted.sure or typer.confirm("remove them?")):
         for line in remove(found):
             print(line)
+
+
+def _say_unreadable(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(plain(line), file=sys.stderr)
+    if lines:
+        raise typer.Exit(1)
 
 
 def _run(recipe: "Recipe") -> None:

@@ -3,7 +3,8 @@
 import csv
 import glob
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,17 @@ def predict(
         trust: runs the code that the run names, as in `load_student`.
 
     Raises:
-        UserError: there is no such student or picture, or the folder cannot be written to.
+        UserError: there is no such student or picture, no class is asked for, or the folder cannot be written
+            to.
     """
+    if top < 1:
+        raise UserError(f"top={top}: needs at least 1")
     student = load_student(run, trust=trust)
     places = find_pictures(words)
     folder = Path(output or Path(run) / "predictions")
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write = _writer(student, folder, top, threshold)
+    write = _writer(student, folder, file_names(places), top, threshold)
     rows: list[dict[str, Any]] = []
     unreadable: list[str] = []
     reporter = Reporter(what="pictures")
@@ -161,15 +165,19 @@ def _each(student: Student, answers: Any) -> list[Any]:
     return list(answers)
 
 
-def _writer(student: Student, folder: Path, top: int, threshold: float) -> Callable[..., dict[str, Any]]:
+def _writer(
+    student: Student, folder: Path, files: Mapping[Path, str], top: int, threshold: float
+) -> Callable[..., dict[str, Any]]:
     names = student.class_names
     if isinstance(student.task, Classification):
         independent = student.task.independent
         return lambda place, image, size, scores: _classes(scores, names, top, independent)
     if isinstance(student.task, Segmentation):
-        return lambda place, image, size, labels: _map(folder, place, image, labels, names)
+        return lambda place, image, size, labels: _map(folder / files[place], image, labels, names)
     if isinstance(student.task, Detection):
-        return lambda place, image, size, found: _boxes(folder, place, image, size, found, names, threshold)
+        return lambda place, image, size, found: _boxes(
+            folder / files[place], image, size, found, names, threshold
+        )
     return lambda place, image, size, answer: {"answer": _plain(answer)}
 
 
@@ -186,11 +194,11 @@ def _classes(scores: Tensor, names: Sequence[str], top: int, independent: bool) 
     return found
 
 
-def _map(folder: Path, place: Path, image: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+def _map(place: Path, image: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
     """Writes the label map (value i is class i) and the picture under its colours."""
     labels = labels.cpu().to(torch.uint8)
     colours = palette(len(names))
-    mask, covered = (folder / f"{_name(place)}-{what}.png" for what in ("labels", "overlay"))
+    mask, covered = (place.with_name(f"{place.name}-{what}.png") for what in ("labels", "overlay"))
     plain = Image.fromarray(labels.numpy(), mode="P")
     plain.putpalette(colours.flatten().tolist())
     write_atomically(mask, lambda partial: plain.save(partial, format="png"))
@@ -201,7 +209,6 @@ def _map(folder: Path, place: Path, image: Tensor, labels: Tensor, names: Sequen
 
 
 def _boxes(
-    folder: Path,
     place: Path,
     image: Tensor,
     size: tuple[int, int],
@@ -215,7 +222,7 @@ def _boxes(
     boxes, scores, labels = (found[key].cpu() for key in ("boxes", "scores", "labels"))
     sure = scores >= threshold
     shown = draw_boxes(image, boxes[sure], labels[sure], names, scores[sure])
-    picture = folder / f"{_name(place)}-boxes.png"
+    picture = place.with_name(f"{place.name}-boxes.png")
     _save(shown, picture)
     whole = (boxes * scale).tolist()
     answers = [
@@ -272,10 +279,28 @@ def _coco(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any
     return {"images": pictures, "categories": categories, "annotations": boxes}
 
 
-def _name(place: Path) -> str:
-    """A file's name for what is written about it: pictures of one name in two folders stay apart."""
-    parts = [part for part in place.with_suffix("").parts if part not in (place.anchor, "..")]
-    return "-".join(parts[-2:])
+def file_names(places: Sequence[Path]) -> dict[Path, str]:
+    """Names, without an ending, for what is written about pictures: no two are alike.
+
+    A name has one folder, or as many as tell a picture from the others, and the ending where these do not.
+
+    >>> list(file_names([Path("a/1/x.png"), Path("b/1/x.png"), Path("b/1/x.jpg"), Path("y.png")]).values())
+    ['a-1-x', '1-x.png', '1-x.jpg', 'y']
+    """
+    parts = {p: [part for part in p.parts if part not in (p.anchor, "..")] for p in places}
+    found: dict[Path, str] = {}
+    for short in (True, False):
+        left = [place for place in places if place not in found]
+        for count in range(2, max(map(len, parts.values()), default=0) + 2):
+            names = {p: "-".join(_shown(p, parts[p], short)[-count:]) for p in left if p not in found}
+            taken = Counter(name.lower() for name in (*names.values(), *found.values()))
+            found |= {p: name for p, name in names.items() if taken[name.lower()] == 1}
+    numbered = {p: f"{number:04d}-{p.stem}" for number, p in enumerate(places) if p not in found}
+    return {place: (found | numbered)[place] for place in places}
+
+
+def _shown(place: Path, parts: Sequence[str], short: bool) -> list[str]:
+    return [*parts[:-1], place.stem if short else place.name]
 
 
 def _save(picture: Tensor, place: Path) -> None:

@@ -24,7 +24,9 @@ from diffkd.use.student import load_student, told_trust
 from diffkd.use.trained import rebuild
 
 
-def visualize(run: str, words: Sequence[str], say: Callable[[str], None] = print) -> Path:
+def visualize(
+    run: str, words: Sequence[str], say: Callable[[str], None] = print
+) -> tuple[Path, tuple[str, ...]]:
     """Writes `denoising/` in the run folder: a PNG for each picture, and one page with all of them.
 
     Of every tapped map, the top row shows how strong the feature is (mean of its channels' sizes), the
@@ -35,8 +37,11 @@ def visualize(run: str, words: Sequence[str], say: Callable[[str], None] = print
         words: files, folders, patterns, and `trust=true` for a run of code that the run folder names.
         say: is told where the page is.
 
+    Returns:
+        The page, and which pictures could not be read, and why.
+
     Raises:
-        UserError: the run did not use DiffKD on a map, or there is no such picture.
+        UserError: the run did not use DiffKD on a map, or there is no picture that can be read.
     """
     words, trust = told_trust(words)
     places = find_pictures(words)
@@ -49,18 +54,25 @@ def visualize(run: str, words: Sequence[str], say: Callable[[str], None] = print
     if not maps:
         raise UserError(f"the run in '{run}' denoised no feature map, and vectors are no pictures")
     student, folder = load_student(run, trust=trust), Path(run) / "denoising"
-    folder.mkdir(exist_ok=True)
-    shown = []
+    shown: list[tuple[Path, bytes]] = []
+    unreadable: list[str] = []
     for number, place in enumerate(places):
-        image = student.read(place)
+        try:
+            image = student.read(place)
+        except UserError as error:
+            unreadable.append(str(error))
+            continue
         drawn = _draw(image, _ways(image, parts, distiller, maps))
+        folder.mkdir(exist_ok=True)
         file = folder / f"{number:03d}-{place.stem}.png"
         write_atomically(file, lambda partial, drawn=drawn: partial.write_bytes(drawn))  # type: ignore[misc]
         shown.append((place, drawn))
+    if not shown:
+        raise UserError(f"none of {len(places)} pictures can be read: {unreadable[0]}")
     page = folder / "index.html"
     write_atomically(page, lambda partial: partial.write_text(_page(run, shown), encoding="utf-8"))
-    say(f"{len(places)} pictures: {page}")
-    return page
+    say(f"{len(shown)} pictures: {page}")
+    return page, tuple(unreadable)
 
 
 Way = dict[str, Tensor]
