@@ -111,12 +111,15 @@ def test_the_page_shows_scenes_and_classes(diffkd, tmp_path):
     shown = re.findall(r"<figcaption[^>]*>([^<]*)</figcaption>", page)
     assert shown == names * 3
     assert page.count('src="data:image/png;base64,') == 18
-    table = page[page.index("<h2>Classes</h2>") :]
-    assert re.findall(r"<tr><th>([^<]*)</th>", table)[:4] == ["class", "road", "&lt;kerb&gt;", "car"]
+    legend = re.findall(r"background:rgb\(([^)]*)\)\"></span>([^<]*)</span>", page)
+    names = ["road", "&lt;kerb&gt;", "car", "void"]
+    assert legend == list(zip(["0, 0, 0", "128, 0, 0", "0, 128, 0", "224, 224, 192"], names, strict=True))
+    (bars,) = json.loads((tmp_path / "c/comparison.json").read_text())["per_class"]
     iou = json.loads((tmp_path / "c/none-seed0/summary.json").read_text())["arrays"]["iou"]
-    assert f">{100 * iou[0]:.1f}</td>" in table
+    assert (bars["figure"], bars["methods"]["none"]) == ("iou", pytest.approx(iou))
     first = base64.b64decode(re.findall(r"base64,([^\"]*)", page)[1])
     truth = np.asarray(Image.open(BytesIO(first)).convert("RGB"))
     mask = np.asarray(Image.open(root / "masks/val/0.png"))
     assert truth.shape == (32, 48, 3)
-    assert len(np.unique(truth.reshape(-1, 3), axis=0)) == len(np.unique(mask))
+    assert np.array_equal(truth[mask == 1], np.full(((mask == 1).sum(), 3), (128, 0, 0)))
+    assert np.array_equal(truth[mask == 255], np.full(((mask == 255).sum(), 3), (224, 224, 192)))

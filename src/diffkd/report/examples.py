@@ -1,7 +1,6 @@
 """What a comparison's page shows of segmentation and detection: example pictures, and figures in tables."""
 
 import base64
-import colorsys
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from diffkd.assembly import assemble
 from diffkd.recipe.schema import load
 from diffkd.runs.folder import RunFolder
-from diffkd.use.drawing import draw_boxes
+from diffkd.use.drawing import draw_boxes, palette
 from diffkd.use.trained import as_trained
 
 SCENES = 3
 SURE = 0.3  # least score of a box that is shown
-_VOID = (90, 90, 90)
+_VOID = (224, 224, 192)  # as Pascal VOC paints it
 _SIDES = 240, 640  # pixels: pictures with boxes are shown with shorter sides of at least, longer of at most
 _BY_SIZE = {
     "ap": "all",
@@ -93,35 +92,50 @@ def _first_scenes(runs: Runs, teacher_weights: str | None) -> _Scenes:
     return found
 
 
-def _row(figures: Mapping[str, np.ndarray], form: str = "PNG") -> str:
-    """Pictures with their names, side by side."""
-    shown = "".join(_figure(name, pixels, form) for name, pixels in figures.items())
-    return f'<div class="scroll" style="display:flex;gap:10px;margin-bottom:14px">{shown}</div>'
+def _row(figures: Mapping[str, np.ndarray], form: str = "PNG", shrink: bool = False) -> str:
+    """Pictures with their names, side by side: all in sight where they may shrink, else scrolled."""
+    shown = "".join(_figure(name, pixels, form, shrink) for name, pixels in figures.items())
+    columns = f"display:grid;grid-template-columns:repeat({len(figures)},minmax(110px,1fr))"
+    how = columns if shrink else "display:flex"
+    return f'<div class="scroll" style="{how};gap:10px;margin-bottom:14px">{shown}</div>'
 
 
 # --- segmentation ----------------------------------------------------------------------------------
 
 
 def _segmentation(scenes: _Scenes, summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
-    first = dict(reversed(summaries))
-    order = [label for label in scenes.answers if label in first]
+    methods = dict(summaries)
+    order = [label for label in scenes.answers if label in methods]
     yield (
         '<section><h2>Scenes</h2><p class="deck">The first test scenes: picture, truth, and what each '
-        "model answers. Grey is void; the last picture is bright where the students differ.</p>"
+        "model answers; the last picture is bright where the students differ.</p>"
     )
-    colours = _palette(len(scenes.names))
+    colours = np.full((256, 3), _VOID, np.uint8)
+    colours[: len(scenes.names)] = palette(len(scenes.names)).numpy()
+    answered = [scores.argmax(0) for given in scenes.answers.values() for scores in given]
+    seen = torch.cat([labels.flatten() for labels in (*scenes.targets, *answered)]).unique().tolist()
+    yield _legend({scenes.names[k] if k < len(scenes.names) else "void": colours[k] for k in seen})
     for i, image in enumerate(map(_pixels, scenes.images)):
         answers = {label: given[i].argmax(0) for label, given in scenes.answers.items()}
         shown = {"picture": image, "truth": colours[scenes.targets[i].numpy()]}
         shown |= {label: colours[answer.numpy()] for label, answer in answers.items()}
         students = torch.stack([answers[label] for label in order])
         differ = (students != students[:1]).any(0).numpy()
-        yield _row(
-            shown | {"where they differ": np.where(differ[..., None], 255, image // 4).astype(np.uint8)}
-        )
-    yield '</section><section><h2>Classes</h2><p class="deck">IoU of every class, one seed, in %.</p>'
-    yield _bars({label: first[label]["arrays"]["iou"] for label in order}, scenes.names, "class")
+        shown["where they differ"] = np.where(differ[..., None], 255, image // 4).astype(np.uint8)
+        yield _row(shown, shrink=True)
     yield "</section>"
+
+
+def _legend(colours: Mapping[str, np.ndarray]) -> str:
+    """Names of classes beside their colours."""
+    patch = "display:inline-block;width:12px;height:12px;margin-right:6px;border:1px solid var(--line)"
+    parts = [
+        f'<span style="white-space:nowrap"><span style="{patch};background:rgb{tuple(map(int, colour))}">'
+        f"</span>{_text(name)}</span>"
+        for name, colour in colours.items()
+    ]
+    how = "display:flex;flex-wrap:wrap;gap:4px 18px;margin-bottom:14px;font-size:13px"
+    return f'<div style="{how}">{"".join(parts)}</div>'
 
 
 # --- detection -------------------------------------------------------------------------------------
@@ -202,25 +216,15 @@ def _pixels(image: Tensor) -> np.ndarray:
     return scaled.expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy()
 
 
-def _palette(classes: int) -> np.ndarray:
-    """Colours of the classes and of void, `(256, 3)`: hues far apart, the first one dark."""
-    hues = [(i * 0.618034) % 1 for i in range(classes)]
-    colours = np.full((256, 3), _VOID, np.uint8)
-    for i, hue in enumerate(hues):
-        light = (0.25, 0.62, 0.45)[i % 3] if i else 0.15
-        colours[i] = [round(255 * part) for part in colorsys.hls_to_rgb(hue, light, 0.75)]
-    return colours
-
-
-def _figure(name: str, pixels: np.ndarray, form: str) -> str:
+def _figure(name: str, pixels: np.ndarray, form: str, shrink: bool) -> str:
     """A picture that is part of the page, with its name."""
     content = BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(content, form)
     source = base64.b64encode(content.getvalue()).decode()
-    width = max(pixels.shape[1], 130)
+    width = "100%" if shrink else max(pixels.shape[1], 130)
     return (
         f'<figure style="margin:0"><img alt="{_text(name)}" width="{width}" '
-        f'style="image-rendering:pixelated" src="data:image/{form.lower()};base64,{source}">'
+        f'style="image-rendering:pixelated;height:auto" src="data:image/{form.lower()};base64,{source}">'
         f'<figcaption style="font-size:13px">{_text(name)}</figcaption></figure>'
     )
 

@@ -165,7 +165,7 @@ def _minus(shown: str) -> str:
 
 
 def _upper(label: str) -> str:
-    return label[:1].upper() + label[1:]
+    return label if label[1:] != label[1:].lower() else label[:1].upper() + label[1:]  # mIoU stays mIoU
 
 
 def _finite(value: Any) -> Any:
