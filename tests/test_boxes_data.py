@@ -140,8 +140,9 @@ def test_files_beside_the_instances_are_not_taken(tmp_path):
         (tmp_path / name).write_text('{"images": [], "annotations": [], "categories": []}')
     (tmp_path / "train_text.json").write_text('{"images": [], "annotations": [{"caption": "a"}]}')
     (tmp_path / "train_parts.json").write_text('{"annotations": [{"segments_info": [{"bbox": []}]}]}')
+    (tmp_path / "all.json").write_bytes((tmp_path / "train.json").read_bytes())
     data = build(str(tmp_path), size=64)
-    assert "COCO JSON ('test.json', 'train.json')" in said(data)
+    assert "COCO JSON ('all.json', 'test.json', 'train.json'): 'all.json' is of no split" in said(data)
 
 
 # --- pictures --------------------------------------------------------------------------------------
@@ -249,6 +250,7 @@ def test_lines_of_text_that_cannot_be(line, words, tmp_path):
     [
         ("train: images/train\nnames: {'0': a, 1: b}", None),
         ("train: [images/train, images/test]\nnames: [a, b]", None),
+        ("names: [a, b]", None),
         ("train: list.txt\nnames: [a, b]", "1 of 2 pictures are not in"),
         ("train: {a: b}\nnames: [a, b]", "train must be a folder, a file of paths, or a list of such"),
         ("train: images/train\nnames: {0: a, 2: b}", "from 0 without gaps"),

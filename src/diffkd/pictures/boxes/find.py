@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,11 @@ def _coco(root: Path) -> Found | None:
                 f"'{root}': which file is for '{name or 'all'}'? {quoted([p.name for p in places])}"
             )
         splits[name] = _later(coco.read, place, _pictures_of(place, name, root))
-    return Found(f"COCO JSON ({quoted([p.name for p in places], 4)})", splits)
+    what = f"COCO JSON ({quoted([p.name for p in places], 4)})"
+    if "" in splits and "train" in splits:
+        del splits[""]
+        what += f": {quoted([p.name for p in places if not _split_of(p, root)])} is of no split, and left out"
+    return Found(what, splits)
 
 
 def _later(read: Callable[..., Annotated], *args: Any) -> Callable[[], Annotated]:
@@ -147,14 +151,21 @@ def _picture_folder(root: Path) -> Path:
 
 
 def _with_yaml(root: Path) -> Found | None:
-    for place in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
-        try:
-            content = yaml.safe_load(place.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read '{place}': {str(error).partition(chr(10))[0]}") from error
-        if isinstance(content, dict) and "names" in content and "train" in content:
+    for place, content in _descriptions(root):
+        if "train" in content:
             return _from_yaml(place, content)
     return None
+
+
+def _descriptions(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Files that name classes, and what is in them."""
+    for place in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
+        try:
+            content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read '{place}': {str(error).partition(chr(10))[0]}") from error
+        if isinstance(content, dict) and "names" in content:
+            yield place, content
 
 
 def _from_yaml(place: Path, content: dict[str, Any]) -> Found:
@@ -251,6 +262,8 @@ def _has_boxes(folder: Path) -> bool:
 
 
 def _listed_classes(root: Path) -> tuple[str, ...]:
+    for place, content in _descriptions(root):
+        return _names(place, content["names"])
     for place in (root / "classes.txt", root / "labels" / "classes.txt", root / "obj.names"):
         if place.is_file():
             return tuple(line.strip() for line in place.read_text().splitlines() if line.strip())
