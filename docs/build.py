@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import diffkd
-from diffkd.methods.base import Method, method_class
+from diffkd.methods.base import Method, Range, method_class
 from diffkd.names import submodules
 from diffkd.report.listing import listing
 from diffkd.report.settings import Group, groups
@@ -84,7 +84,17 @@ def _method(name: str, kind: type[Method]) -> Iterator[str]:
             part = '!!! tip "When to use it"\n\n    ' + _linked(part).replace("\n", "\n    ")
         yield part if part.startswith("    ") else _linked(part)
     sees = f"Sees {_sees(kind)}. " if _sees(kind) else ""
-    yield f"{sees}Weight beside the labels: {kind.weight:g}."
+    tried = ", ".join(
+        f"`{one.option}` "
+        + (
+            f"{one.low:g} to {one.high:g}"
+            if isinstance(one, Range)
+            else f"of {', '.join(map(str, one.values))}"
+        )
+        for one in kind.search
+    )
+    tuned = f" Tried beside the weight by `tune=N`: {tried}." if tried else ""
+    yield f"{sees}Weight beside the labels: {kind.weight:g}.{tuned}"
     for group in groups(name):
         if "method." in group.title:
             yield _settings(group)
