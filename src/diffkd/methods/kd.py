@@ -15,6 +15,10 @@ class KD(Method):
     """KL divergence of the teacher's softened class scores from the student's, times temperature squared.
 
     Hinton et al., 2015, arXiv 1503.02531; standardized scores: Sun et al., CVPR 2024, arXiv 2403.01427.
+    With p the softmax of the class scores divided by tau, the loss is the mean over samples of
+
+        kd = tau^2 KL(p_teacher || p_student).
+
     As usually published for CIFAR-100: temperature 4, weight 0.9 with 0.1 for the labels' loss;
     standardized: temperature 2, weight 9 with 0.1 for the labels' loss. For ImageNet (ResNet-34 to
     ResNet-18): temperature 1, weights 0.5 and 0.5; standardized: temperature 2, 9 and 0.1.
