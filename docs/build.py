@@ -40,7 +40,8 @@ def stage(folder: Path = STAGED) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "docs", folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for source, name in OUTSIDE.items():
-        (folder / name).write_text((ROOT / source).read_text(encoding="utf-8"), encoding="utf-8")
+        text = re.sub(r"\]\((\.\./)?docs/", "](", (ROOT / source).read_text(encoding="utf-8"))
+        (folder / name).write_text(text, encoding="utf-8")
     for place in folder.glob("notebooks/*.ipynb"):
         place.with_suffix(".md").write_text("\n\n".join(notebook(place)), encoding="utf-8")
     for place in folder.glob("*.md"):

@@ -21,7 +21,7 @@ class OFA(Method):
     teacher's features are not looked at. With p the teacher's probabilities, q those of a head, and y
     the one-hot label, the loss is the mean over samples of
 
-        - sum over classes of ((p + y)^eps - y) log q,
+        kd = - sum over classes of ((p + y)^eps - y) log q,
 
     in which an eps above 1 gives the target class more weight the surer the teacher is of it; 1 is
     cross-entropy with p. The student's own scores have the same loss, with an eps of their own or not. Labels
