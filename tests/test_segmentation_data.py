@@ -125,6 +125,14 @@ def test_outlines_become_label_maps(tmp_path):
     assert (mask[4:6, 6:8] == 255).all()
     assert (mask[6:9, 6:11] == 1).all()
     assert mask[0, 5] == 0
+    for broken, says in (
+        (content | {"images": [{"id": 5, "file_name": "a.png"}]}, "no 'height'"),
+        (content | {"annotations": [7]}, "an annotation is no object but 7"),
+        (content | {"images": []}, "annotation 1: no image has the id 5"),
+    ):
+        (tmp_path / "test.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=f"test.json'.*{says}"):
+            builder("coco_segmentation")(str(tmp_path))
     rows[0]["segmentation"] = []
     (tmp_path / "test.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"test.json', annotation 1 has no outline"):

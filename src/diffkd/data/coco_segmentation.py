@@ -64,22 +64,28 @@ class Annotated:
     notes: tuple[str, ...] = ()
 
     def __init__(self, file: Path, pictures: Path) -> None:
-        self.annotations, self.folder = file, pictures
+        self.annotations = file
         try:
             content = json.loads(file.read_text())
             categories = sorted(content["categories"], key=lambda row: row["id"])
             self.images = content["images"]
             annotations = content["annotations"]
+            self.sizes = [(int(row["height"]), int(row["width"])) for row in self.images]
+            self.files = [pictures / str(row["file_name"]) for row in self.images]
+            identities = [row["id"] for row in self.images]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"'{file}' cannot be read as COCO annotations: {error}") from error
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"'{file}' cannot be read as COCO annotations: {what}") from error
         self.names = tuple(row["name"] for row in categories)
         self.classes = {row["id"]: i + 1 for i, row in enumerate(categories)}
-        self.objects: dict[int, list[dict[str, Any]]] = {row["id"]: [] for row in self.images}
+        self.objects: dict[int, list[dict[str, Any]]] = {identity: [] for identity in identities}
         for row in annotations:
             self._keep(row)
 
     def _keep(self, row: dict[str, Any]) -> None:
         """An annotation with its picture's, if it is whole."""
+        if not isinstance(row, dict):
+            raise UserError(f"'{self.annotations}': an annotation is no object but {row!r}")
         where = f"'{self.annotations}', annotation {row.get('id')}"
         for key, known in (("image_id", self.objects), ("category_id", self.classes)):
             if row.get(key) not in known:
@@ -93,7 +99,7 @@ class Annotated:
 
     def picture(self, index: int) -> Path:
         """The picture's file."""
-        return self.folder / str(self.images[index]["file_name"])
+        return self.files[index]
 
     def place(self, index: int) -> str:
         """The file of the annotations, and the picture."""
@@ -105,8 +111,7 @@ class Annotated:
 
     def codes(self, index: int) -> np.ndarray:
         """Classes `(H, W)`."""
-        image = self.images[index]
-        size = int(image["height"]), int(image["width"])
+        image, size = self.images[index], self.sizes[index]
         labels = np.zeros(size, np.int64)
         for row in self.objects[image["id"]]:
             there, label = (

@@ -195,6 +195,7 @@ def _lossy_webp(place: Path) -> bool:
 def unreadable(name: str, error: Exception, what: str = "picture") -> UserError:
     """The error that names a file that cannot be read, and why."""
     reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+    reason = getattr(error, "strerror", None) or reason  # which does not name the file once more
     return UserError(f"cannot read {what} '{name}': {reason.partition(chr(10))[0]}")
 
 
