@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import oracle_features as oracle
-from diffkd import Batch, UserError
+from diffkd import Batch, Distiller, UserError
 from diffkd.maths.layers import inner_products, unit
 from diffkd.methods.base import Feature, Pair, Setup, method_class
 
@@ -150,6 +150,32 @@ def test_ofd(shapes):
     torch.testing.assert_close(margin, torch.stack(oracle.negative_means(seen["layer.1"])))
     assert margin[0] == 0
     assert (margin[1:] < 0).all()
+
+
+def test_ofd_as_for_imagenet():
+    sides = features()
+    plain, imagenet = (run(build("ofd", **o), *sides)["layer.0.kd"] for o in ({}, {"divisor": 10_000.0}))
+    torch.testing.assert_close(imagenet * 10, plain)
+
+
+def test_ofd_with_the_teacher_in_training_mode():
+    def net(channels):
+        torch.manual_seed(channels)
+        return nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU())
+
+    images, teacher = torch.rand(4, 3, 8, 8), net(5)
+    options = {"ofd": {"teacher_training": True}}
+    distiller = Distiller(net(4), teacher, {"1": "1"}, options, images)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    with torch.no_grad():
+        maps = teacher[0](images)
+    own = (maps - maps.mean((0, 2, 3), keepdim=True)) / (maps.var((0, 2, 3), False, True) + 1e-5).sqrt()
+    distiller.train()
+    torch.testing.assert_close(distiller.features(images)[1]["1"], own)
+    distiller.eval()
+    assert not torch.allclose(distiller.features(images)[1]["1"], own, atol=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any(module.training for module in teacher.modules())
 
 
 @ANY

@@ -87,6 +87,23 @@ def test_settings_of_the_literature(name):
         assert (one.schedule.milestones, one.schedule.factor) == ([150, 180, 210], 0.1)
 
 
+def test_strategies_of_imagenet():
+    rows = {n.removeprefix("imagenet/"): load(n) for n in RECIPES if n.startswith("imagenet/")}
+    first, second = rows["resnet34-resnet18"], rows["resnet50-efficientnet_b0"]
+    third = rows["swin_large-swin_tiny"]
+    assert (first.optimizer.nesterov, first.optimizer.weight_decay) == (True, 1e-4)
+    assert (third.data.options["interpolation"], third.optimizer.lr * third.schedule.final_factor) == (
+        "bicubic",
+        5e-6,
+    )
+    assert all(row.optimizer.no_decay == "auto" for row in rows.values())
+    assert second.taps == rows["resnet50-mobilenetv2"].taps == {"conv_head": "layer4", "": ""}
+    assert (third.taps, rows["swin_large-resnet50"].taps) == (
+        {"norm": "norm", "": ""},
+        {"layer4": "norm", "": ""},
+    )
+
+
 def test_one_teacher_serves_all_its_students():
     from diffkd.runs.identity import identify, short_name
 

@@ -44,6 +44,8 @@ def test_one_answer_for_all_is_chance_however_often_it_is_right():
     labels = (torch.arange(200) % 10 == 0).long()
     (chance,) = suspicions(scores_of(torch.zeros(200, dtype=torch.long), 2), labels)
     assert "right on 90.0 % of 200 test pictures: chance is 90.0 %" in chance
+    (chance,) = suspicions(scores_of(torch.ones(200, dtype=torch.long), 2), labels)
+    assert "right on 10.0 % of 200 test pictures: chance is 10.0 %" in chance
 
 
 def test_a_teacher_at_chance_is_not_called_permuted():

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from diffkd.features.lessons import Lesson, last_stages, lessons_of, taps_by_tea
 from diffkd.features.pairs import Pair, Probed, pair_up
 from diffkd.features.roles import Plain, Roles, Run, call_model
 from diffkd.features.taps import Taps
-from diffkd.features.watch import dry_run
+from diffkd.features.watch import batch_statistics, dry_run
 from diffkd.methods.base import Setup
 from diffkd.methods.choice import MethodChoice, chosen_methods, factor_at, share_of
 
@@ -266,8 +267,11 @@ class Distiller(nn.Module):
     def _taught(self, batch: Batch) -> list[dict[str, Tensor]]:
         """The teachers' features of a framed batch, of each by pair name."""
 
+        fresh = self.training and any(getattr(m, "batch_statistics", False) for m in self.methods.values())
+
         def run(teacher: nn.Module, prepare: nn.Module) -> Any:
-            return self._roles.teach(teacher, self._roles.prepare(batch, prepare))
+            with batch_statistics(teacher) if fresh else nullcontext():
+                return self._roles.teach(teacher, self._roles.prepare(batch, prepare))
 
         return [lesson.observe(run) for lesson in self._lessons]
 

@@ -23,6 +23,20 @@ def dry_run(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalizes by each batch's statistics, and its running ones stay as they are."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.training, layer.track_running_stats) for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer.track_running_stats = True, False
+        yield
+    finally:
+        for layer, (training, tracks) in zip(layers, before, strict=True):
+            layer.training, layer.track_running_stats = training, tracks
+
+
+@contextmanager
 def all_learning(model: nn.Module) -> Iterator[None]:
     """Every weight gets a gradient, so that an output's graph tells which layers made it."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]

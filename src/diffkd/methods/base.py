@@ -98,6 +98,7 @@ class Method(nn.Module, ABC):
             gets features alone.
         weight: of all its losses beside the supervised ones, where the user says none: its paper's.
         search: options worth a choice by trials beside the weight, and between what.
+        batch_statistics: whether the teacher's BatchNorm uses each batch's statistics in training.
         figures: scalars worth watching that are not losses (detached), refreshed by `forward`.
     """
 
@@ -110,6 +111,7 @@ class Method(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.figures: dict[str, Tensor] = {}
+        self.batch_statistics = False
 
     @abstractmethod
     def forward(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffkd.batch import Batch
 from diffkd.features.maps import matched
 from diffkd.maths.layers import conv, norm, without_void
-from diffkd.maths.losses import precise
+from diffkd.maths.losses import check_positive, precise
 from diffkd.methods.base import Method, Pair, Setup, module_key, needed_features
 
 
@@ -19,12 +19,12 @@ class OFD(Method):
     BatchNorm, T the teacher's after the margin ReLU max(x, m), m a channel's mean negative response,
     and l the number of the stage, of L, the loss of a stage is
 
-        kd = 1 / (1000 * 2^(L - l)) * mean over samples of
+        kd = 1 / (divisor * 2^(L - l)) * mean over samples of
              sum over channels and positions of (S - T)^2 where S > T or T > 0.
 
-    These are the published scales; the weight for CIFAR-100 is then 1, for ImageNet (which divides by
-    10,000) 0.1. The published code runs the teacher in training mode, so that its BatchNorm normalizes by
-    the batch's statistics; here it stays in evaluation mode.
+    These are the published scales: weight 1, for CIFAR-100 with the divisor 1,000, for ImageNet with
+    10,000. The published code runs the teacher in training mode, so that its BatchNorm normalizes by the
+    batch's statistics; here it stays in evaluation mode unless `teacher_training` is set.
 
     The paper taps features before their ReLU, and computes m from the BatchNorm in front of it. Here
     the model may be any, so m is the mean of the negative responses seen in training so far, 0 where
@@ -35,9 +35,13 @@ class OFD(Method):
 
     Args:
         setup: what the run taps, in the order of the stages.
+        divisor: of the sums, see above.
+        teacher_training: the teacher's BatchNorm uses each batch's statistics, for all methods of the run;
+            its own stay as they are.
 
     Raises:
-        UserError: no feature is tapped, or the two of a pair are of different kinds.
+        UserError: no feature is tapped, the two of a pair are of different kinds, or the divisor is
+            impossible.
 
     >>> from diffkd import Distiller
     >>> def net(c):
@@ -49,8 +53,10 @@ class OFD(Method):
 
     stages, uses_logits = "all", False
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, divisor: float = 1000.0, teacher_training: bool = False) -> None:
         super().__init__()
+        check_positive(divisor=divisor)
+        self.divisor, self.batch_statistics = divisor, teacher_training
         self.pairs = needed_features(setup, "ofd")
         self.connectors = nn.ModuleDict({module_key(pair.name): Connector(pair) for pair in self.pairs})
 
@@ -62,7 +68,7 @@ class OFD(Method):
         for stage, pair in enumerate(self.pairs, start=1):
             features = matched(student[pair.name], teacher[pair.name].detach(), batch.valid)
             distance = self.connectors[module_key(pair.name)](*features)
-            losses[f"{pair.name}.kd"] = distance / (1000 * 2 ** (len(self.pairs) - stage))
+            losses[f"{pair.name}.kd"] = distance / (self.divisor * 2 ** (len(self.pairs) - stage))
         return losses
 
 
