@@ -266,7 +266,6 @@ class Distiller(nn.Module):
 
     def _taught(self, batch: Batch) -> list[dict[str, Tensor]]:
         """The teachers' features of a framed batch, of each by pair name."""
-
         fresh = self.training and any(getattr(m, "batch_statistics", False) for m in self.methods.values())
 
         def run(teacher: nn.Module, prepare: nn.Module) -> Any:
