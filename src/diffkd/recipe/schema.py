@@ -297,7 +297,17 @@ def _keeps_published(word: str) -> bool:
     """
     key = word.partition("=")[0]
     indifferent = ("output", "resume", "seed", "control", "trust", "data.root", "data.workers", "method")
-    how = ("accelerator", "devices", "num_nodes", "strategy", "threads", "progress", "keep", "log_every")
+    how = (
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "threads",
+        "progress",
+        "keep",
+        "log_every",
+        "loggers",
+    )
     return key in indifferent or key.removeprefix("trainer.") in how
 
 

@@ -170,6 +170,8 @@ class TrainerRecipe(Section):
         compile: whether the models go through `torch.compile`.
         log_every: optimizer steps from one reading of the losses to the next.
         progress: whether a bar is shown.
+        loggers: where losses and figures go besides the run folder's tables: `tensorboard` (files in the run
+            folder), `wandb`, `mlflow`; their own environment variables say where these are.
         ema: decay of the averaged student, which is then what is evaluated and shipped.
         save_every: optimizer steps between checkpoints; one is always written at an evaluation.
         keep: of a finished run's checkpoints: `last`, the last one's weights alone; `all`, the last two and
@@ -193,6 +195,7 @@ class TrainerRecipe(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     compile: bool = False
     log_every: Count = 10
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=lambda: ["tensorboard"])
     save_every: Count | None = None
     keep: Literal["last", "all"] = "last"
     max_steps: Count | None = None

@@ -27,7 +27,7 @@ _INDIFFERENT: Any = {
     "data": {"workers", "eval_batch_size", "root", "max_corrupt"},
     "trainer": {
         *("accelerator", "devices", "num_nodes", "strategy", "threads"),
-        *("log_every", "save_every", "keep", "progress"),
+        *("log_every", "save_every", "keep", "progress", "loggers"),
     },
 }
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
 
 from diffkd.assembly import Side, assemble, check_outputs, describe_student
@@ -28,6 +27,7 @@ from diffkd.training.ending import summary_of
 from diffkd.training.evaluation import evaluate
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.length import Length
+from diffkd.training.loggers import Loggers, check_loggers
 from diffkd.training.meter import Meter, Place
 from diffkd.training.optim import build_optimizer, lr_factor, set_lr
 from diffkd.training.teacher import teacher_figures
@@ -47,6 +47,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, fabric: Fabric, reporter: Reporter) -> None:
         self.recipe, self.fabric, self.reporter = recipe, fabric, reporter
+        check_loggers(recipe.trainer.loggers)
         self.folder = RunFolder(recipe.run_folder())
         on_first(fabric, lambda: check_folder(self.folder, recipe))
         seed_everything(recipe.seed)
@@ -156,7 +157,8 @@ class Trainer:
             self.reporter.note(f"resumed at epoch {place.epoch + 1}, step {place.step} from {found.name}")
             if self.fabric.is_global_zero:  # rows that a killed run did not come to write
                 self.folder.write_history(place.history)
-        self.logger = TensorBoardLogger(self.folder.path, name="", version="")
+        if self.fabric.is_global_zero:
+            self.loggers = Loggers(self.folder, self.recipe, self.reporter)
         return place
 
     def _judge_teacher(self) -> dict[str, float] | None:
@@ -234,7 +236,7 @@ class Trainer:
         losses = {name: value for name, value in last.items() if name not in self.distiller.figures}
         bar.show(self.length.told(place.step), losses)
         if self.fabric.is_global_zero:
-            self.logger.log_metrics({f"step/{k}": v for k, v in last.items()}, place.step)
+            self.loggers.log({f"step/{k}": v for k, v in last.items()}, place.step)
 
     def _check_losses(self) -> None:
         self.parts.task.check_seen()
@@ -278,7 +280,7 @@ class Trainer:
         self._save(place)
         if self.fabric.is_global_zero:
             self.folder.append_history(place.history)
-            self.logger.log_metrics({f"epoch/{k}": v for k, v in row.items()}, place.step)
+            self.loggers.log({f"epoch/{k}": v for k, v in row.items()}, place.step)
             self.reporter.row(row)
 
     def _validate(self) -> Figures:
@@ -360,9 +362,9 @@ class Trainer:
 
     def _finish(self, place: Place, teacher: dict[str, float] | None) -> None:
         """Writes the student and the summary."""
-        self.logger.finalize("success")
         if not self.fabric.is_global_zero:
             return
+        self.loggers.end()
         best = self._best(place.history)
         assert best is not None
         figures = {name: place.history[-1][name] for name in place.scalars}
