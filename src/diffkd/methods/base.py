@@ -264,6 +264,11 @@ def needed_maps(pairs: Sequence[Pair], method: str) -> None:
 class Regression(Method):
     """Mean squared error of the teacher's feature and what a 1x1 convolution makes of the student's.
 
+    A method that measures another distance of the two says `distance`.
+
+    Attributes:
+        always: whether features of the teacher's width pass a convolution too.
+
     Args:
         setup: what the run taps.
 
@@ -272,11 +277,12 @@ class Regression(Method):
     """
 
     uses_logits = False
+    always: ClassVar[bool] = True
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         self.pairs = needed_features(setup, type(self).__name__.lower())
-        self.regressors = regressors(self.pairs)
+        self.regressors = regressors(self.pairs, always=self.always)
 
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
@@ -286,8 +292,12 @@ class Regression(Method):
         for pair in self.pairs:
             ours, theirs, valid = matched(student[pair.name], teacher[pair.name].detach(), batch.valid)
             ours = self.regressors[module_key(pair.name)](ours)
-            losses[f"{pair.name}.kd"] = squared_error(precise(ours), precise(theirs), valid)
+            losses[f"{pair.name}.kd"] = self.distance(precise(ours), precise(theirs), valid)
         return losses
+
+    def distance(self, ours: Tensor, theirs: Tensor, valid: Tensor | None) -> Tensor:
+        """Of two features `(B, C, *S)` of one size and width; `valid` is `(B, *S)`, None for all."""
+        return squared_error(ours, theirs, valid)
 
 
 def method_class(name: str) -> type[Method]:

@@ -1,18 +1,14 @@
 """PKD: Distillation for Detectors via Pearson Correlation (Cao et al., NeurIPS 2022, arXiv 2207.02039)."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from diffkd.batch import Batch
-from diffkd.features.maps import matched
 from diffkd.maths.layers import without_void
-from diffkd.maths.losses import precise, squared_error
-from diffkd.methods.base import Method, Setup, module_key, needed_features, regressors
+from diffkd.maths.losses import squared_error
+from diffkd.methods.base import Regression
 
 
-class PKD(Method):
+class PKD(Regression):
     """Features imitated up to scale and shift of each channel.
 
     Cao et al., NeurIPS 2022, arXiv 2207.02039. With n(x) each channel brought to mean 0 and standard
@@ -43,25 +39,12 @@ class PKD(Method):
     ['pkd.0.kd']
     """
 
-    stages, uses_logits = "all", False
+    stages, always = "all", False
     weight = 6.0
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__()
-        self.pairs = needed_features(setup, "pkd")
-        self.regressors = regressors(self.pairs, always=False)
-
-    def forward(
-        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch
-    ) -> dict[str, Tensor]:
-        """The distance, by pair."""
-        losses: dict[str, Tensor] = {}
-        for pair in self.pairs:
-            ours, theirs, valid = matched(student[pair.name], teacher[pair.name].detach(), batch.valid)
-            ours = self.regressors[module_key(pair.name)](ours)
-            ours, theirs = (normalized(precise(x), valid) for x in (ours, theirs))
-            losses[f"{pair.name}.kd"] = squared_error(ours, theirs, valid) / 2
-        return losses
+    def distance(self, ours: Tensor, theirs: Tensor, valid: Tensor | None) -> Tensor:
+        """Of the two with each channel normalized, `(B, C, *S)`; `valid` is `(B, *S)`, None for all."""
+        return squared_error(normalized(ours, valid), normalized(theirs, valid), valid) / 2
 
 
 def normalized(feature: Tensor, valid: Tensor | None, eps: float = 1e-6) -> Tensor:
