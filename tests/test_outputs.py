@@ -1,15 +1,18 @@
 """Classifiers that give more than a tensor: objects with logits, and auxiliary heads in training."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from diffkd import Batch, Distiller
-from diffkd.assembly import assemble
+from diffkd.assembly import assemble, build_side, check_outputs
 from diffkd.data.base import Data
 from diffkd.errors import UserError
-from diffkd.recipe.schema import load
+from diffkd.models.base import Preprocess
+from diffkd.recipe.schema import ModelRecipe, load
 from diffkd.runs.folder import RunFolder
 from diffkd.tasks.classification import Classification
 
@@ -157,3 +160,74 @@ def test_in_ones_own_loop_a_tuple_in_training_is_its_first_entry():
     batch = torch.rand(2, 4)
     distiller = Distiller(Two(), nn.Linear(4, 3), {"": ""}, "kd", batch)
     assert set(distiller.train()(batch)) == {"kd.output.kd"}
+
+
+BARE = """
+import torch
+from torch import nn
+
+class Body(nn.Module):
+    def __init__(self, form, channels=1):
+        super().__init__()
+        self.form = form
+        self.a = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(16, 10)
+    def forward(self, x):
+        deep = self.b(early := self.a(x))
+        scores = self.head(deep.mean((2, 3)))
+        return {"map": deep, "pyramid": [early, deep], "vector": deep.mean((2, 3)), "list": [scores],
+                "pred": {"pred": scores}, "tuple": (scores, deep)}[self.form]
+
+def net(form): return Body(form)
+"""
+
+
+@pytest.fixture
+def bare(nets, tmp_path):
+    (tmp_path / "bare.py").write_text(BARE)
+    return lambda *words: assemble(load("tiny.yaml", ["teacher=bare.py:net", *words]))
+
+
+@pytest.mark.parametrize("form", ["map", "pyramid", "vector"])
+def test_a_backbone_teaches_its_features_alone(bare, form):
+    parts = bare(f"teacher.options.form={form}", "method=diffkd,fitnet")
+    check_outputs(parts, sample := parts.sample(4))
+    distiller, _ = parts.distiller(sample)
+    assert [(pair.teacher.layer, pair.is_logits) for pair in distiller.pairs] == [("b", False)]
+    assert "teacher: it gives no class scores: its features alone teach" in list(parts.notes())
+    assert not parts.teacher_answers
+    with pytest.raises(UserError, match=r"teacher 'bare.py:net' (gives|has 16 classes)"):
+        check_outputs(parts := bare(f"teacher.options.form={form}", "method=kd"), parts.sample(4))
+
+
+@pytest.mark.parametrize("form", ["list", "pred", "tuple"])
+def test_class_scores_in_a_list_or_dict_teach(bare, form):
+    parts = bare(f"teacher.options.form={form}", "method=kd")
+    check_outputs(parts, sample := parts.sample(4))
+    distiller, _ = parts.distiller(sample)
+    assert [pair.is_logits for pair in distiller.pairs] == [True]
+    assert distiller(sample)["kd.output.kd"] > 0
+
+
+def test_a_run_with_a_backbone_has_a_teacher_without_figures(bare, diffkd, tmp_path):
+    words = ["teacher=bare.py:net", "teacher.options.form=map", "method=fitnet", "trainer.steps=2"]
+    status, out, err = diffkd("distill", "tiny.yaml", *words, "output=o")
+    assert status == 0, err
+    assert "bare.py:net" in out
+    teacher = json.loads((tmp_path / "o/summary.json").read_text())["teacher"]
+    assert teacher["parameters"] > 0
+    assert "top1" not in teacher
+
+
+def test_colours_become_grey_for_a_model_of_one_channel():
+    colour = torch.rand(2, 3, 4, 4)
+    grey = Preprocess((0.5,), (0.25,), channels=1)(colour)
+    luma = 0.299 * colour[:, :1] + 0.587 * colour[:, 1:2] + 0.114 * colour[:, 2:]
+    assert torch.allclose(grey, (luma - 0.5) / 0.25, atol=1e-6)
+    data = Data([], [], 10, (3, 8, 8), mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
+    side = build_side(ModelRecipe(model="timm/resnet10t", options={"in_chans": 1}), data)
+    assert side.input_shape == (1, 8, 8)
+    assert side.notes == ["it takes grey pictures: colours become grey"]
+    assert side.prepare.mean.flatten().tolist() == pytest.approx([0.299 * 0.4 + 0.587 * 0.5 + 0.114 * 0.6])
+    assert side.model.eval()(side.prepare(torch.rand(2, 3, 32, 32))).shape == (2, 10)

@@ -1,7 +1,7 @@
 """From a recipe to the things that it names: data, task, models, distiller."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -143,9 +143,37 @@ class Parts:
         """All that determines the run's result."""
         return identify(self.recipe, self.content)
 
+    @cached_property
+    def teacher_answers(self) -> bool:
+        """Whether the teacher gives what the task asks for; a backbone gives features alone.
+
+        Raises:
+            UserError: it does not, and is asked for more.
+        """
+        if self.teacher is None:
+            return False
+        try:
+            _check_answers("teacher", self.teacher, self.task, self.sample(2))
+        except UserError:
+            if self._asks_for_answers():
+                raise
+            self.teacher.notes.append("it gives no class scores: its features alone teach")
+            return False
+        return True
+
+    def _asks_for_answers(self) -> bool:
+        """Whether anything needs more of the teacher than its features."""
+        recipe, classes = self.recipe, [method_class(name) for name in self.recipe.method]
+        if recipe.teacher is None or recipe.teacher.train is not None or self.sample(1).targets is None:
+            return True
+        if recipe.taps is not None:
+            return any(not layer.partition("[")[0] for layer in recipe.taps.values())
+        return any(kind.uses_logits and kind.stages == "none" for kind in classes)
+
     def distiller(self, sample: Batch) -> tuple[Distiller, list[str]]:
         """The distiller of the recipe's methods, and what it has to say of its taps."""
         methods = {name: m.choice for name, m in self.recipe.method.items()}
+        scores = self.task.logits if self.teacher_answers or not methods else ()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             distiller = Distiller(
@@ -155,7 +183,7 @@ class Parts:
                 methods,
                 sample,
                 task=self.task,
-                logits=self.task.logits,
+                logits=scores,
                 student_input=self.student.prepare,
                 teacher_input=self.teacher.prepare if self.teacher else None,
                 num_classes=self.data.num_classes,
@@ -215,7 +243,6 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True, student: Side | None 
         UserError: anything that the recipe names does not exist or does not fit.
     """
     check_options(recipe)
-    _check_labels(recipe)
     said = recipe.data
     with bars_shown(recipe.trainer.progress):
         data = build(
@@ -252,18 +279,6 @@ def _check_head(recipe: Recipe, task: Task, teacher: Side) -> None:
         )
 
 
-def _check_labels(recipe: Recipe) -> None:
-    if recipe.data.options.get("labels") != "none":
-        return
-    if not recipe.method:
-        raise UserError("data.labels=none without a method to distil with: there is nothing to learn from")
-    if recipe.teacher is not None and recipe.teacher.train is not None:
-        raise UserError(
-            "data.labels=none: a teacher cannot be trained without labels; give teacher.weights=FILE "
-            "teacher.train=null"
-        )
-
-
 def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side:
     """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order.
 
@@ -290,6 +305,10 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
             raise UserError(f"{wanted.model}: {key} has {len(values)} values for {shape[0]} channels")
     options = models.without_start(wanted.options) if weights.state else wanted.options
     model = models.build(wanted.model, num_classes=data.num_classes, image_shape=shape, options=options)
+    if channels == 3 and models.takes_grey(model):
+        shape = (1, *shape[1:])
+        mean, std = (models.grey_value(v) if len(v) == 3 else v for v in (mean, std))
+        weights.notes.append("it takes grey pictures: colours become grey")
     resized = None if size is None or (size, size) == (height, width) else (size, size)
     models.tell_normalisation(model, mean, std)
     prepare = models.Preprocess(mean, std, resized, channels=shape[0])
@@ -346,18 +365,23 @@ def check_outputs(parts: Parts, sample: Batch) -> None:
         UserError: an output or the targets do not fit the task.
     """
     parts.task.check_data(parts.first_targets)
-    sides = {"student": parts.student} | ({"teacher": parts.teacher} if parts.teacher else {})
-    for what, side in sides.items():
-        training = side.model.training
-        side.model.eval()
-        try:
-            with torch.no_grad():
-                output = side.forward(parts.task, sample)
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, AssertionError) as error:
-            size, first = tuple(sample.images[0].shape), str(error).splitlines()[0]
-            raise UserError(f"{what} '{side.name}' cannot take pictures of {size}: {first}") from error
-        finally:
-            side.model.train(training)
-        parts.task.check_output(output, f"{what} '{side.name}'")
+    _check_answers("student", parts.student, parts.task, sample)
+    _ = parts.teacher_answers
+
+
+def _check_answers(what: str, side: Side, task: Task, sample: Batch) -> None:
+    """Runs a model once; UserError where its answers are not the task's."""
+    training = side.model.training
+    side.model.eval()
+    try:
+        with torch.no_grad():
+            output = side.forward(task, sample)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = tuple(sample.images[0].shape)
+        first = str(error).splitlines()[0]
+        raise UserError(f"{what} '{side.name}' cannot take pictures of {size}: {first}") from error
+    finally:
+        side.model.train(training)
+    task.check_output(output, f"{what} '{side.name}'")

@@ -119,6 +119,7 @@ class Distiller(nn.Module):
         self.student_input = student_input or nn.Identity()
         self._lessons = lessons
         self._roles = task or Plain(run)
+        self._scores = task is not None  # whose outputs begin with class scores
         if sample is None:
             raise UserError("give sample=, a batch of images for the dry run that finds channels and layouts")
         chosen = chosen_methods(methods)
@@ -290,9 +291,9 @@ class Distiller(nn.Module):
         layers = dict.fromkeys(layer for chosen in found for layer in chosen)
         if not layers:
             return
-        self._student_taps = Taps(self.student, list(layers))
+        self._student_taps = Taps(self.student, list(layers), scores=self._scores)
         for lesson, chosen in zip(self._lessons, found, strict=True):
-            lesson.taps = Taps(lesson.teacher, list(dict.fromkeys(chosen.values())))
+            lesson.taps = Taps(lesson.teacher, list(dict.fromkeys(chosen.values())), scores=self._scores)
         students = self._probe(self._student_taps, self.student, self.student_input, sample, "student")
         for lesson, chosen in zip(self._lessons, found, strict=True):
             assert lesson.taps is not None

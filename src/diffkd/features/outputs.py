@@ -22,7 +22,8 @@ def entries_of(output: Any) -> dict[Key, Tensor]:
 def class_scores(output: Any) -> tuple[Any, list[Tensor]]:
     """The class scores `(B, K)` of a classifier's output, and those of its auxiliary heads.
 
-    Scores are the output itself, its entry `logits`, or the first of a tuple or list. Auxiliary heads are
+    Scores are the output itself, its entry `logits`, the first of a tuple or list, or the only tensor in it
+    where that is `(B, K)`. Auxiliary heads are
     entries named `aux...` beside `logits`, or in a plain tuple all further tensors of the scores' shape.
 
     Returns:
@@ -42,6 +43,8 @@ def class_scores(output: Any) -> tuple[Any, list[Tensor]]:
     if isinstance(output, list | tuple) and output and isinstance(output[0], Tensor):
         main, *others = entries.values()
         return main, [value for value in others if value.shape == main.shape]
+    if len(entries) == 1 and (only := next(iter(entries.values()))).dim() == 2:
+        return only, []
     return output, []
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffkd.errors import UserError, nearest
 from diffkd.features.layouts import LAYOUTS, Evidence, Layout, prefix_tokens, tell_layout
-from diffkd.features.outputs import entries_of, entry
+from diffkd.features.outputs import class_scores, entries_of, entry
 from diffkd.features.watch import watching
 
 
@@ -40,8 +40,8 @@ class Taps:
     {'0': (2, 8, 4, 4), '': (2, 128)}
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, layers: Sequence[str], *, scores: bool = False) -> None:
+        self._model, self._scores = model, scores
         self._requests = [_Request.parse(layer) for layer in layers]
         known = dict(model.named_modules(remove_duplicate=False))
         for request in self._requests:
@@ -154,6 +154,11 @@ class Taps:
         entries = entries_of(output)
         if request.path == "" and request.entry is None and "logits" in entries:
             yield request.name, "logits", entries["logits"]
+            return
+        known = request.path == "" and request.entry is None and (self._scores or len(entries) == 1)
+        scores = class_scores(output)[0] if known else None
+        if isinstance(scores, Tensor) and scores.dim() == 2:
+            yield request.name, None, scores
             return
         chosen = [key for key in entries if request.entry in (None, str(key))]
         if not chosen:

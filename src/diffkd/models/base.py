@@ -181,6 +181,28 @@ def conv_norm(
     return conv, nn.BatchNorm2d(outputs)
 
 
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, ITU-R BT.601
+
+
+def takes_grey(model: nn.Module) -> bool:
+    """Whether a model's first convolution takes pictures of one channel.
+
+    >>> takes_grey(nn.Conv2d(1, 8, 3))
+    True
+    """
+    found = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    return next(found, None) == 1
+
+
+def grey_value(values: Sequence[float]) -> tuple[float, ...]:
+    """A colour's mean or deviation as that of its grey.
+
+    >>> grey_value((0.5, 0.5, 0.5))
+    (0.5,)
+    """
+    return (sum(share * value for share, value in zip(_LUMA, values, strict=True)),)
+
+
 class Preprocess(nn.Module):
     """Pictures of a batch as one model wants them: floating point, its size, its normalisation.
 
@@ -189,7 +211,8 @@ class Preprocess(nn.Module):
     Args:
         mean, std: per channel, on the scale 0 to 1.
         size: `(H, W)` to resize to (bilinear, antialiased); None keeps the size.
-        channels: that the model takes: grey pictures are repeated; None takes them as they come.
+        channels: that the model takes: grey pictures are repeated, colours become grey for one channel;
+            None takes them as they come.
 
     >>> Preprocess((0.5,), (0.5,))(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)).max()
     tensor(1.)
@@ -206,7 +229,7 @@ class Preprocess(nn.Module):
         channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.channels = size, channels
         for name, values in (("mean", mean), ("std", std)):
             values = [*values] * (channels or 1) if len(values) == 1 else values
             # a grey picture minus three means is a picture of three channels
@@ -223,4 +246,7 @@ class Preprocess(nn.Module):
             images = images.to(self.mean.dtype) / 255
         if self.size is not None and images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        if self.channels == 1 and images.shape[1] == 3:
+            red, green, blue = (images[:, i : i + 1] * share for i, share in enumerate(_LUMA))
+            images = red + green + blue
         return (images - self.mean) / self.std

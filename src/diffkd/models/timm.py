@@ -34,8 +34,9 @@ def build(
     _check(name)
     if _fixed_size(name) not in (None, image_size[0]):
         options = {"img_size": image_size, **options}
+    sizes = {"num_classes": num_classes, "in_chans": in_channels}
     try:
-        return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
+        return timm.create_model(name, **{**sizes, **options})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"model 'timm/{name}' cannot be built: {reason}") from error

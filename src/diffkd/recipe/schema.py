@@ -347,16 +347,30 @@ def check_options(recipe: Recipe) -> None:
     """Checks the options of task, data set and methods against what these take.
 
     Raises:
-        UserError: a name or an option is unknown, or a value has the wrong type.
+        UserError: a name or an option is unknown, a value has the wrong type, or labels are needed that
+            are not wanted.
     """
     from diffkd.data.base import builder
     from diffkd.methods.base import method_class
     from diffkd.tasks.base import task_class
 
+    _check_labels(recipe)
     _check_call(task_class(recipe.task.name), recipe.task, "task")
     _check_call(builder(recipe.data.name), recipe.data, "data")
     for name, method in recipe.method.items():
         _check_call(method_class(name), method, f"method.{name}")
+
+
+def _check_labels(recipe: Recipe) -> None:
+    if recipe.data.options.get("labels") != "none":
+        return
+    if not recipe.method:
+        raise UserError("data.labels=none without a method to distil with: there is nothing to learn from")
+    if recipe.teacher is not None and recipe.teacher.train is not None:
+        raise UserError(
+            "data.labels=none: a teacher cannot be trained without labels; give teacher.weights=FILE "
+            "teacher.train=null"
+        )
 
 
 def _check_call(build: Any, section: OpenSection, where: str) -> None:

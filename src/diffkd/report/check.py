@@ -73,6 +73,8 @@ def _suspected(parts: Parts) -> Iterator[str]:
     wanted = parts.recipe.teacher
     if parts.teacher is None or wanted is None or parts.recipe.task.name != "classification":
         return
+    if not parts.teacher_answers:
+        return
     test = parts.data.test
     chosen = part_of(test, spread(classes_in(test), len(test), SEEN), training=False)
     sample = next(iter(parts.loader(chosen, shuffle=False, batch_size=len(chosen)).epoch()))

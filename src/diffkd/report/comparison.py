@@ -66,7 +66,7 @@ def compare_runs(
         "steps": first.get("steps"),
         "axis": first.get("axis", "epoch"),
         "seeds": sorted({run.seed for run in runs}),
-        "teacher": None if teacher is None else {**teacher, "score": teacher[first["metric"]]},
+        "teacher": None if teacher is None else {**teacher, "score": teacher.get(first["metric"])},
         "student": first["student"],
         "notes": list(notes),
         "methods": [_method(name, of[name], of) | {"tuned": (tuned or {}).get(name)} for name in names],
@@ -225,7 +225,8 @@ def to_csv(comparison: Mapping[str, Any]) -> str:
 def caption(comparison: Mapping[str, Any]) -> str:
     """What was compared, in one line."""
     teacher, student = comparison["teacher"], comparison["student"]
-    taught = f"{teacher['model']} ({percent(teacher['score'])}) -> " if teacher else ""
+    score = f" ({percent(teacher['score'])})" if teacher and teacher["score"] is not None else ""
+    taught = f"{teacher['model']}{score} -> " if teacher else ""
     seeds = len(comparison["seeds"])
     return f"{comparison['title']}: {taught}{student['model']}, {_length(comparison)}, {seeds} seed(s)"
 

@@ -37,7 +37,7 @@ def _draw_quality(axes: Axes, places: Sequence[float], history: History, summary
     axes.plot(places, [100 * row[metric] for row in history], color=COLOURS[0], label="student")
     at = best[summary.get("axis", "epoch")]
     axes.plot(at, 100 * best[metric], "o", color=COLOURS[0], label=f"best {100 * best[metric]:.2f} %")
-    if summary["teacher"] is not None:
+    if metric in (summary["teacher"] or {}):
         score = 100 * summary["teacher"][metric]
         axes.axhline(score, color=INK, linestyle=":", label=f"teacher {score:.2f} %")
     axes.set_title(f"{summary['metric_label']} on the test data, %", loc="left")

@@ -23,7 +23,8 @@ def summary_table(summary: dict[str, Any], alone: dict[str, Any] | None = None) 
         table.add_column(column, justify="right")
     student, teacher, metric = summary["student"], summary["teacher"], summary["metric"]
     if teacher is not None:
-        table.add_row("teacher", plain(teacher["model"]), percent(teacher[metric]), "", *_costs(teacher))
+        score = percent(teacher[metric]) if metric in teacher else ""
+        table.add_row("teacher", plain(teacher["model"]), score, "", *_costs(teacher))
     for name, run in (("student alone", alone), ("student", summary)):
         if run is not None:
             axis = run.get("axis", "epoch")

@@ -164,8 +164,8 @@ class Trainer:
     def _judge_teacher(self) -> dict[str, float] | None:
         """The teacher's own figures; warns where it looks untrained."""
         parts, teacher = self.parts, self.parts.teacher
-        if teacher is None:
-            return None
+        if teacher is None or not parts.teacher_answers:
+            return None if teacher is None else {}
         figures = teacher_figures(parts, self.fabric, lambda: self._evaluate(teacher))
         score, chance = figures[parts.task.metric], parts.task.chance
         if chance is not None and near_chance(score, chance, len(parts.data.test)):
