@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffkd import __version__
 from diffkd.batch import Batch
-from diffkd.data.base import Data, Loader, Split, build
+from diffkd.data.base import Data, Loader, Split
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.methods.base import method_class
@@ -23,6 +23,7 @@ from diffkd.models.weights import load_state
 from diffkd.pictures.memory import mix_batch
 from diffkd.pictures.progress import bars_shown
 from diffkd.pictures.view import TestView
+from diffkd.recipe.classes import build_data
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
 from diffkd.runs.content import digests
 from diffkd.runs.identity import Identity, identify
@@ -243,17 +244,7 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True, student: Side | None 
         UserError: anything that the recipe names does not exist or does not fit.
     """
     check_options(recipe)
-    said = recipe.data
-    with bars_shown(recipe.trainer.progress):
-        data = build(
-            said.name,
-            said.root,
-            said.options,
-            val_fraction=said.val_fraction,
-            test_on=said.test_on,
-            limit=said.limit,
-            class_weights=said.class_weights,
-        )
+    recipe, data = build_data(recipe)
     task = task_class(recipe.task.name)(data, **recipe.task.options)
     if data.class_weights and not task.weighs_classes:
         raise UserError(f"data.class_weights: task '{recipe.task.name}' weighs no classes")

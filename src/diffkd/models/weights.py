@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
@@ -82,6 +83,10 @@ def load_state(
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in found if k not in wanted]
     shapes = [k for k in found if k in wanted and k not in head and found[k].shape != wanted[k].shape]
+    coarse = next((k for k in found if k in wanted and _coarser(found[k], wanted[k])), None)
+    if coarse is not None:
+        kind = str(found[coarse].dtype).removeprefix("torch.")
+        raise UserError(f"'{source}' does not fit {name}: '{coarse}' is {kind}; save it as float32 or half")
     if missing or unexpected or shapes:
         hint = "; order and shapes agree: weights_by_order=true takes them so" if ordered is not None else ""
         raise UserError(f"'{source}' does not fit {name}: {_misfit(missing, unexpected, shapes)}{hint}")
@@ -115,6 +120,12 @@ def _other_head(
     whole = all(ours % ground == 0 for _, ours in sizes)
     classes = {Fraction(theirs * ground, ours) for theirs, ours in sizes}
     return keys if whole and len(classes) == 1 and min(classes).denominator == 1 else []
+
+
+def _coarser(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether numbers would lose their meaning as ours: whole, of 8 bits or complex for plain floats."""
+    fine = theirs.is_floating_point() and theirs.element_size() > 1
+    return ours.is_floating_point() and not fine
 
 
 def _misfit(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
@@ -158,6 +169,39 @@ def description(source: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and "image_shape" in found else {}
 
 
+def told_classes(source: str | Path) -> tuple[str, ...]:
+    """Names of the classes in their order, as weights' own description says; empty where there is none.
+
+    That is the `config.json` beside them (of a student trained here, of timm or of transformers), or the
+    entry `class_names` of a `.safetensors` file's metadata, a list in JSON.
+    """
+    try:
+        place = weights_file(source)
+        told = json.loads(place.with_name("config.json").read_text())
+    except (OSError, ValueError, UserError):
+        told = {}
+    if isinstance(told, dict):
+        inner = told.get("pretrained_cfg") if isinstance(told.get("pretrained_cfg"), dict) else {}
+        labels = told.get("id2label")
+        for names in (told.get("class_names"), told.get("label_names"), inner.get("label_names")):
+            if isinstance(names, list) and names:
+                return tuple(map(str, names))
+        if isinstance(labels, dict) and labels and all(str(key).isdecimal() for key in labels):
+            return tuple(str(labels[key]) for key in sorted(labels, key=int))
+    return _in_metadata(Path(source))
+
+
+def _in_metadata(place: Path) -> tuple[str, ...]:
+    if place.suffix != ".safetensors" or not place.is_file():
+        return ()
+    try:
+        with safe_open(place, framework="pt") as file:
+            names = json.loads((file.metadata() or {}).get("class_names", "null"))
+    except Exception:  # it will be named where its tensors are read
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
     """Tensors by name, and what an account of them calls them: the file, and whether they are averaged.
 
@@ -176,10 +220,16 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
     tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
     tensors.pop("n_averaged", None)
     if not tensors:
-        raise UserError(f"'{place}' holds no weights")
+        known = f" (it has: {', '.join(map(str, list(found)[:5]))})" if found else ""
+        raise UserError(f"'{place}' holds no weights{known}")
     odd = next(
         (k for k, v in tensors.items() if v.is_meta or v.is_quantized or v.layout != torch.strided), None
     )
+    nan = next(
+        (k for k, v in tensors.items() if odd is None and v.is_floating_point() and v.isnan().any()), None
+    )
+    if nan is not None:
+        raise UserError(f"'{place}': '{nan}' holds nan: the training that wrote it had failed")
     if odd is not None:
         raise UserError(f"'{place}': '{odd}' is no plain tensor (quantised, sparse or empty); save it as one")
     ours = {k.removeprefix(_STUDENT): v for k, v in tensors.items() if k.startswith(_STUDENT)}

@@ -48,7 +48,7 @@ def make_teacher(
     Raises:
         UserError: the cache folder cannot be used.
     """
-    wanted = recipe.teacher_recipe()
+    wanted = parts.recipe.teacher_recipe()
     start = {"weights": parts.teacher.weights if parts.teacher else None}
     wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update=start)})
     identity = identify(wanted, parts.content) if fabric.is_global_zero else {}

@@ -1,0 +1,65 @@
+"""The data set of a recipe, its classes in the order in which weights know them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from diffkd.data.base import Data, build, builder
+from diffkd.errors import UserError
+from diffkd.models.weights import is_local, told_classes
+from diffkd.names import options_of
+from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe
+
+
+def build_data(recipe: Recipe) -> tuple[Recipe, Data]:
+    """The data set that a recipe names, and the recipe with the order of classes that its weights say.
+
+    Raises:
+        UserError: it cannot be built, or a teacher knows its classes in an order that it cannot be given.
+    """
+    data = _built(recipe)
+    for section, side, known in _told(recipe):
+        if sorted(known) != sorted(data.class_names) or known == data.class_names:
+            continue
+        place = next(
+            i for i, pair in enumerate(zip(known, data.class_names, strict=True)) if pair[0] != pair[1]
+        )
+        said = f"'{known[place]}' is class {place}, not '{data.class_names[place]}'"
+        free = "class_order" in options_of(builder(recipe.data.name))
+        if free and "class_order" not in recipe.data.options:
+            recipe = _in_order(recipe, known)
+            data = _built(recipe)
+            note = f"classes are in the order in which {section}.weights know them: {said}"
+        elif isinstance(side, TeacherRecipe) and side.train is None:
+            way = "leave out data.class_order" if free else "bring the data's classes in that order"
+            raise UserError(f"{section}.weights know the classes in another order: {said}; {way}")
+        else:
+            note = f"{section}.weights knew the classes in another order: {said}"
+        data = replace(data, notes=(*data.notes, note))
+    return recipe, data
+
+
+def _told(recipe: Recipe) -> Iterator[tuple[str, ModelRecipe, tuple[str, ...]]]:
+    """Models whose weights say their classes; the teacher's count first."""
+    for section, side in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if side is not None and side.weights is not None and is_local(side.weights):
+            known = told_classes(side.weights)
+            if known:
+                yield section, side, known
+
+
+def _in_order(recipe: Recipe, classes: tuple[str, ...]) -> Recipe:
+    content = recipe.data.model_dump() | {"class_order": list(classes)}
+    return recipe.model_copy(update={"data": type(recipe.data)(**content)})
+
+
+def _built(recipe: Recipe) -> Data:
+    said = recipe.data
+    return build(
+        said.name,
+        said.root,
+        said.options,
+        val_fraction=said.val_fraction,
+        test_on=said.test_on,
+        limit=said.limit,
+        class_weights=said.class_weights,
+    )
