@@ -1,7 +1,7 @@
 """From a recipe to the things that it names: data, task, models, distiller."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,6 @@ from diffkd.models.measure import Cost, cost, device_of
 from diffkd.models.origin import find_weights
 from diffkd.models.weights import load_state
 from diffkd.pictures.memory import mix_batch
-from diffkd.pictures.progress import bars_shown
 from diffkd.pictures.view import TestView
 from diffkd.recipe.classes import build_data
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options

@@ -225,13 +225,11 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
     odd = next(
         (k for k, v in tensors.items() if v.is_meta or v.is_quantized or v.layout != torch.strided), None
     )
-    nan = next(
-        (k for k, v in tensors.items() if odd is None and v.is_floating_point() and v.isnan().any()), None
-    )
-    if nan is not None:
-        raise UserError(f"'{place}': '{nan}' holds nan: the training that wrote it had failed")
     if odd is not None:
         raise UserError(f"'{place}': '{odd}' is no plain tensor (quantised, sparse or empty); save it as one")
+    nan = next((k for k, v in tensors.items() if v.is_floating_point() and v.isnan().any()), None)
+    if nan is not None:
+        raise UserError(f"'{place}': '{nan}' holds nan: the training that wrote it had failed")
     ours = {k.removeprefix(_STUDENT): v for k, v in tensors.items() if k.startswith(_STUDENT)}
     return (ours, f"{said} (the student in it)") if ours else (tensors, said)
 

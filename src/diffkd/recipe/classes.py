@@ -7,6 +7,7 @@ from diffkd.data.base import Data, build, builder
 from diffkd.errors import UserError
 from diffkd.models.weights import is_local, told_classes
 from diffkd.names import options_of
+from diffkd.pictures.progress import bars_shown
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe
 
 
@@ -20,9 +21,7 @@ def build_data(recipe: Recipe) -> tuple[Recipe, Data]:
     for section, side, known in _told(recipe):
         if sorted(known) != sorted(data.class_names) or known == data.class_names:
             continue
-        place = next(
-            i for i, pair in enumerate(zip(known, data.class_names, strict=True)) if pair[0] != pair[1]
-        )
+        place = [a == b for a, b in zip(known, data.class_names, strict=True)].index(False)
         said = f"'{known[place]}' is class {place}, not '{data.class_names[place]}'"
         free = "class_order" in options_of(builder(recipe.data.name))
         if free and "class_order" not in recipe.data.options:
@@ -54,12 +53,13 @@ def _in_order(recipe: Recipe, classes: tuple[str, ...]) -> Recipe:
 
 def _built(recipe: Recipe) -> Data:
     said = recipe.data
-    return build(
-        said.name,
-        said.root,
-        said.options,
-        val_fraction=said.val_fraction,
-        test_on=said.test_on,
-        limit=said.limit,
-        class_weights=said.class_weights,
-    )
+    with bars_shown(recipe.trainer.progress):
+        return build(
+            said.name,
+            said.root,
+            said.options,
+            val_fraction=said.val_fraction,
+            test_on=said.test_on,
+            limit=said.limit,
+            class_weights=said.class_weights,
+        )
