@@ -1,5 +1,6 @@
 """The loader: who sees which sample when, and with which pixels."""
 
+import multiprocessing
 import random
 
 import numpy as np
@@ -197,3 +198,15 @@ def test_draws_are_uniform_independent_and_those_of_splitmix64():
     pairs = torch.stack([first.double(), second.double(), Draws(0, torch.arange(20000)).uniform().double()])
     assert torch.corrcoef(pairs).fill_diagonal_(0).abs().max() < 0.03
     assert abs(torch.corrcoef(torch.stack([second[1:], second[:-1]]))[0, 1]) < 0.03
+
+
+def test_a_closed_loader_leaves_no_process_behind_and_goes_on():
+    loader = Loader(Noisy(), 8, shuffle=True, workers=1)
+    before = multiprocessing.active_children()
+    first = [batch.images for batch in loader.epoch()]
+    assert len(multiprocessing.active_children()) == len(before) + 1
+    loader.close()
+    assert multiprocessing.active_children() == before
+    assert all(torch.equal(a, b.images) for a, b in zip(first, loader.epoch(), strict=True))
+    loader.close()
+    Loader(ArraySplit(torch.rand(4, 3, 8, 8), None), 2, shuffle=False).close()

@@ -119,6 +119,14 @@ class Loader:
                 batch = self.finish(batch, torch.Generator().manual_seed(seed))
             yield batch
 
+    def close(self) -> None:
+        """Ends its processes; the next epoch starts others.
+
+        What a run that is over still holds would be copied into those of the next run, and complain there.
+        """
+        if self._workers is not None:
+            self._workers._iterator = None
+
     def _batches(self, number: int, start: int) -> Iterator[Batch]:
         shares = self._shares(number, start)
         if isinstance(self.split, BatchedSplit):

@@ -40,6 +40,8 @@ def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
     # The whole run is built before its teacher is trained: a mistake shows at once.
     trainer = Trainer(recipe, fabric, reporter)
     with ExitStack() as held:
+        for loader in (trainer.train_loader, trainer.test_loader):
+            held.callback(loader.close)
         on_first(fabric, lambda: _take(trainer, held))
         if (
             trainer.parts.teacher is not None
