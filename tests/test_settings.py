@@ -13,6 +13,7 @@ from filelock import FileLock
 from diffkd.names import submodules
 from diffkd.recipe.files import builtin
 from diffkd.report.settings import groups
+from diffkd.runs.places import note_use, uses_file
 
 
 def test_every_section_says_its_keys_with_type_default_and_meaning(diffkd):
@@ -97,6 +98,23 @@ def test_clean_lists_and_removes_what_is_old_and_not_in_use(teachers, diffkd):
         assert "old: removed" in out
     assert {p.name for p in teachers.iterdir() if p.is_dir()} == {"busy", "new"}
     assert not (teachers / "old.lock").exists()
+    run = teachers.parents[1] / "runs/a"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.yaml").touch()
+    for _ in range(2):
+        note_use(teachers / "busy", run)
+    assert uses_file(teachers / "busy").read_text() == f"{run}\n"
+    status, out, _ = diffkd("clean")
+    assert out.splitlines()[:2] == [
+        "run runs/a: 0.0 MB, 0.0 days old",
+        f"busy: 1.5 MB, 50.0 days old, needed by {run}",
+    ]
+    status, out, _ = diffkd("clean", "teachers", "older=30d", "yes=true")
+    assert f"busy: needed by {run}, left" in out
+    (run / "recipe.yaml").unlink()  # the run is gone
+    status, out, _ = diffkd("clean", "teachers", "older=30d", "yes=true")
+    assert "busy: removed" in out
+    assert not uses_file(teachers / "busy").exists()
     status, _, err = diffkd("clean", "everything")
     assert (status, "clean takes: teachers older=30d" in err) == (2, True)
 

@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Knowledge distillation for vision: make a small, fast model of a large, accurate one.",
+    epilog="Made teachers are kept in the folder that the environment variable DIFFKD_CACHE names.",
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe or a YAML file.")]
@@ -195,10 +196,15 @@ def clean(
         typer.Argument(metavar="[teachers] [older=30d] [yes=true]", help="Without words, only a list."),
     ] = None,
 ) -> None:
-    """List the teachers kept in the cache, with size and age; remove them on request."""
-    from diffkd.report.clean import Wanted, kept_teachers, remove
+    """List the teachers kept in the cache (DIFFKD_CACHE) and the runs in runs/, with size and age, and which
+    runs need a teacher; remove teachers on request that no run needs.
+    """
+    from diffkd.report.clean import Wanted, found_runs, kept_teachers, remove
 
     wanted = Wanted.parse(words or [])
+    if not wanted.remove:
+        for run in found_runs():
+            print(f"run {run}")
     found = kept_teachers(wanted.older)
     for kept in found:
         print(kept)

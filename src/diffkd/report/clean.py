@@ -1,4 +1,4 @@
-"""The teachers that are kept in the cache: what there is, and its removal."""
+"""The teachers that are kept in the cache, and runs: what there is, and its removal."""
 
 import re
 import shutil
@@ -12,29 +12,38 @@ from filelock import FileLock, Timeout
 
 from diffkd.errors import UserError
 from diffkd.pictures.kept import cache_folder
+from diffkd.runs.places import users, uses_file
 
 _UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A made teacher in the cache.
+    """A made teacher in the cache, or a run.
 
     Attributes:
         path: its folder.
         size: bytes.
         age: seconds since it was last written to.
         locked: another process is writing it.
+        users: runs that learn from it.
     """
 
     path: Path
     size: int
     age: float
     locked: bool
+    users: tuple[Path, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A teacher's name, or a run's path."""
+        return self.path.name if self.path.parent == cache_folder() / "teachers" else str(self.path)
 
     def __str__(self) -> str:
         days, state = self.age / _UNITS["d"], ", in use" if self.locked else ""
-        return f"{self.path.name}: {self.size / 1e6:.1f} MB, {days:.1f} days old{state}"
+        needed = f", needed by {', '.join(map(str, self.users))}" if self.users else ""
+        return f"{self.name}: {self.size / 1e6:.1f} MB, {days:.1f} days old{state}{needed}"
 
 
 @dataclass(frozen=True)
@@ -82,9 +91,22 @@ def kept_teachers(older: float = 0.0) -> list[Kept]:
     return sorted((kept for kept in found if kept.age >= older), key=lambda kept: -kept.age)
 
 
+def found_runs(folder: str = "runs") -> list[Kept]:
+    """The runs beneath a folder, the oldest first; whoever wants one gone removes its folder."""
+    places = [place.parent for place in Path(folder).glob("**/recipe.yaml") if _is_run(place.parent)]
+    return sorted((_look(place) for place in places), key=lambda kept: -kept.age)
+
+
+def _is_run(place: Path) -> bool:
+    return (place / "checkpoints").is_dir() or (place / "summary.json").is_file()
+
+
 def remove(teachers: Sequence[Kept]) -> Iterator[str]:
-    """Removes teachers that nobody is writing; a line for each."""
+    """Removes teachers that nobody is writing and no run needs; a line for each."""
     for kept in teachers:
+        if kept.users:
+            yield f"{kept.name}: needed by {kept.users[0]}, left"
+            continue
         with ExitStack() as held:
             if not _taken(kept.path, held):
                 yield f"{kept.path.name}: in use, left"
@@ -93,6 +115,7 @@ def remove(teachers: Sequence[Kept]) -> Iterator[str]:
             yield f"{kept.path.name}: " + ("cannot be removed" if kept.path.exists() else "removed")
         if not kept.path.exists():
             _beside(kept.path).unlink(missing_ok=True)
+            uses_file(kept.path).unlink(missing_ok=True)
 
 
 def _look(place: Path) -> Kept:
@@ -100,7 +123,8 @@ def _look(place: Path) -> Kept:
     newest = max([place.stat().st_mtime, *(file.st_mtime for file in files if file.st_size)])
     with ExitStack() as held:
         free = _taken(place, held)
-    return Kept(place, sum(file.st_size for file in files), max(time.time() - newest, 0.0), not free)
+    size, age = sum(file.st_size for file in files), max(time.time() - newest, 0.0)
+    return Kept(place, size, age, not free, tuple(users(place)))
 
 
 def _beside(place: Path) -> Path:

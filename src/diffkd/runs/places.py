@@ -73,3 +73,29 @@ def check_folder(folder: RunFolder, recipe: Recipe) -> None:
         raise UserError(
             f"the run in '{folder.path}' was made with another recipe: {differing}; set output= for a new run"
         )
+
+
+def note_use(teacher: Path, run: Path) -> None:
+    """Writes down beside a made teacher that a run learns from it; where that cannot be, it is left."""
+    line = str(run.absolute())
+    try:
+        if line not in _lines(teacher):
+            with uses_file(teacher).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    except OSError:
+        pass
+
+
+def users(teacher: Path) -> list[Path]:
+    """The runs that learn from a made teacher, of those that are still there."""
+    return [Path(line) for line in _lines(teacher) if (Path(line) / "recipe.yaml").is_file()]
+
+
+def uses_file(teacher: Path) -> Path:
+    """Beside a made teacher, the runs that learn from it."""
+    return teacher.with_name(f"{teacher.name}.runs")
+
+
+def _lines(teacher: Path) -> list[str]:
+    place = uses_file(teacher)
+    return place.read_text(encoding="utf-8").splitlines() if place.is_file() else []

@@ -10,7 +10,7 @@ from diffkd.models.weights import load_weights
 from diffkd.recipe.schema import Recipe
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
-from diffkd.runs.places import check_folder, check_identity
+from diffkd.runs.places import check_folder, check_identity, note_use
 from diffkd.training.checkpoint import keep_last
 from diffkd.training.devices import in_one_line, make_fabric, on_first
 from diffkd.training.ranks import ending_together
@@ -54,6 +54,7 @@ def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
             loaded = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
             trainer.parts.teacher.notes.append(loaded.note)
             trainer.parts.teacher.weights = str(made.student_file.absolute())
+            on_first(fabric, lambda: note_use(made.path, trainer.folder.path))
         was_finished = trainer.folder.finished
         folder = trainer.run()
         if recipe.trainer.keep == "last" and not was_finished:

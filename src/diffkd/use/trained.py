@@ -22,7 +22,7 @@ def load_methods(distiller: Distiller, folder: RunFolder) -> None:
     """Gives a distiller's methods what they had learned when the run ended.
 
     Raises:
-        UserError: the run keeps no checkpoint.
+        UserError: the run keeps no checkpoint, or one of another version's methods.
     """
     kept = folder.list_checkpoints()
     if not kept:
@@ -30,7 +30,12 @@ def load_methods(distiller: Distiller, folder: RunFolder) -> None:
     prefix = "distiller.methods."
     model = load_checkpoint(kept[-1])["model"]
     state = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
-    distiller.methods.load_state_dict(state)
+    try:
+        distiller.methods.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"'{kept[-1]}' holds what methods of another version of diffkd learned; distil again"
+        ) from error
 
 
 def rebuild(run: str, *, trust: bool = False) -> tuple[Parts, Distiller]:
