@@ -36,11 +36,12 @@ def parts(weight):
 def test_gradient_norms_are_those_of_the_whole_students_gradient():
     distiller, losses = parts(0.7)
     found = losses()
-    norms = gradient_norms(found, distiller.student, ("task", "kd", "dist"))
+    norms = gradient_norms(found, distiller.student, ("task", "kd", "dist", "kd.output.kd"))
     for name, key in (("task", "task.cross_entropy"), ("kd", "kd.output.kd")):
         grads = torch.autograd.grad(found[key], list(distiller.student.parameters()), retain_graph=True)
         torch.testing.assert_close(norms[name], torch.cat([g.flatten() for g in grads]).norm())
     assert norms["dist"] == 0
+    assert norms["kd.output.kd"] == norms["kd"]
     found["kd.output.kd"].backward()  # the graph is still there
 
 

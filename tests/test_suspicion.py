@@ -1,5 +1,7 @@
 """Teachers whose class scores do not mean what they should are told from good ones."""
 
+import re
+
 import pytest
 import torch
 
@@ -71,3 +73,4 @@ def test_check_says_it_of_a_teacher_that_is_given(diffkd, tiny, tmp_path):
     status, out, err = diffkd("check", tiny, *words)
     assert status == 0, err
     assert "warning: the teacher's scores are probabilities" in out
+    assert re.search(r"task.cross_entropy +│ +[\d.]+ │ yes +│ +1 │", out), "each loss's pull, as a share"
