@@ -15,7 +15,11 @@ from diffkd.methods.base import Choice, Method, Setup, module_key, needed_featur
 class SimKD(Method):
     """Mean squared error of the student's last map, through a projector, and the teacher's.
 
-    Chen et al., CVPR 2022, arXiv 2203.14001. The published method keeps the projector and puts the
+    Chen et al., CVPR 2022, arXiv 2203.14001. With the mean over samples, channels and positions, the loss is
+
+        kd = mean((projector(student) - teacher)^2).
+
+    The published method keeps the projector and puts the
     teacher's classifier behind it, so that the labels have no part in the training (CIFAR-100: weight
     1, labels' loss 0). Here the student ships with its own classifier, which needs the labels' loss;
     the projector goes after the training. So this is a feature method, and its figures are not SimKD's.
