@@ -185,6 +185,7 @@ def _output(output: dict[str, Any]) -> str:
         picture = "".join(data["image/png"]).replace("\n", "")
         return f"![What the cell draws](data:image/png;base64,{picture})"
     text = "".join(output.get("text", data.get("text/plain", "")))
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)  # colours of a terminal
     return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 
 
