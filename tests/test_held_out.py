@@ -9,10 +9,11 @@ from torch.utils.data import Dataset
 import box_files
 import mask_cases
 import picture_cases
-from diffkd import Data
+from diffkd import Batch, Data
 from diffkd.data.base import Loader, build
 from diffkd.pictures.held import classes_in, part_of
 from diffkd.pictures.memory import ArraySplit
+from diffkd.runs.content import digests
 
 
 class Own(Dataset):
@@ -160,3 +161,27 @@ def test_a_run_and_its_student_know_the_held_out_part(diffkd, tiny):
     status, _, said = diffkd("train", tiny, "data.val_fraction=1.0")
     assert (status, said.count("\n")) == (2, 1)
     assert "data.val_fraction: needs less than 1" in said
+
+
+class Made:
+    """Batches made as they are asked for."""
+
+    def __init__(self, brightness):
+        self.make = lambda count: torch.full((count, 1, 4, 4), brightness)
+
+    def __len__(self):
+        return 20
+
+    def to(self, device):
+        return self
+
+    def batch(self, indices, seed):
+        return Batch(self.make(len(indices)), indices % 2, indices)
+
+
+def test_what_is_made_as_it_is_asked_for_counts_in_a_runs_identity_when_held_out_too():
+    found = []
+    for brightness in (0.1, 0.1, 0.2):
+        data = Data(Made(brightness), Made(0.5), 2, (1, 4, 4)).with_validation(0.2).on_validation()
+        found.append(digests(data, None)["test pictures"])
+    assert found[0] == found[1] != found[2]

@@ -15,42 +15,42 @@ class _Some:
     """The samples of a map-style split at some places.
 
     Args:
-        source: all of them.
+        whole: all of them.
         places: `(N,)` int64.
     """
 
-    def __init__(self, source: Samples, places: np.ndarray) -> None:
-        self.source, self.places = source, places
+    def __init__(self, whole: Samples, places: np.ndarray) -> None:
+        self.whole, self.places = whole, places
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Any:
-        return self.source[int(self.places[index])]
+        return self.whole[int(self.places[index])]
 
     @property
     def groups(self) -> np.ndarray | None:
         """Which samples fill batches together; None where any do."""
-        groups = getattr(self.source, "groups", None)
+        groups = getattr(self.whole, "groups", None)
         return None if groups is None else np.asarray(groups)[self.places]
 
 
 class _SomeBatches:
     """The samples of a batched split at some places."""
 
-    def __init__(self, source: BatchedSplit, places: np.ndarray) -> None:
-        self.source, self.places = source, places
+    def __init__(self, whole: BatchedSplit, places: np.ndarray) -> None:
+        self.whole, self.places = whole, places
 
     def __len__(self) -> int:
         return len(self.places)
 
     def to(self, device: torch.device) -> "_SomeBatches":
         """The same samples on a device."""
-        return _SomeBatches(self.source.to(device), self.places)
+        return _SomeBatches(self.whole.to(device), self.places)
 
     def batch(self, indices: Tensor, seed: int) -> Batch:
         """The samples at `indices` `(B,)`, each as it is in the whole."""
-        found = self.source.batch(torch.from_numpy(self.places)[indices.cpu()], seed)
+        found = self.whole.batch(torch.from_numpy(self.places)[indices.cpu()], seed)
         return found._replace(indices=indices)
 
 
@@ -83,7 +83,8 @@ def classes_in(split: Any) -> np.ndarray | None:
     if callable(found):
         found = found()
     if found is None:
-        source, places = getattr(split, "source", None), getattr(split, "places", None)
+        source = getattr(split, "source", None) or getattr(split, "whole", None)
+        places = getattr(split, "places", None)
         below = None if source is None else classes_in(source)
         return below if below is None or places is None else below[places]
     try:
