@@ -145,13 +145,17 @@ def visualize(
 
 @app.command()
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Build everything and run one batch: what is tapped, what it costs, what learns."""
+    """Build everything and run one batch: what is tapped, what it costs, what learns.
+
+    All pictures' headers are read; decode=true decodes them whole.
+    """
     from diffkd.recipe.schema import load
 
-    wanted = load(recipe, overrides or [])
+    words = overrides or []
+    wanted = load(recipe, [word for word in words if word not in ("decode=true", "decode=false")])
     from diffkd.report.check import check_recipe
 
-    check_recipe(wanted)
+    check_recipe(wanted, decode="decode=true" in words)
 
 
 @app.command("list")

@@ -13,8 +13,10 @@ import numpy as np
 from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, nearest
 from diffkd.pictures.augment import PictureOptions
+from diffkd.pictures.decoding import ENDINGS
 from diffkd.pictures.files import Files, Source, held_out
 from diffkd.pictures.options import class_count, class_notes, data_folder, quoted, spread
+from diffkd.pictures.rows import open_rows
 from diffkd.pictures.scan import RegularFiles
 
 _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
@@ -57,7 +59,8 @@ def build(
 ) -> Data:
     """A folder with `train.csv` and `test.csv` (or `val.csv`), each with a line of column names.
 
-    Commas, semicolons or tabs stand between the columns. Paths are relative to that folder, or absolute;
+    Commas, semicolons, tabs or bars stand between the columns. Without names of columns, that of paths is
+    found, and the other of two holds the labels. Paths are relative to that folder, or absolute;
     those of Windows are understood. Labels that are all whole numbers are class
     indices; others are names of classes, numbered in the order of the alphabet.
 
@@ -120,20 +123,32 @@ def _read(
     file: Path, path_column: str | None, label_column: str | None, wanted: bool = True, needed: bool = True
 ) -> _Table:
     """The rows of a file; its labels are read if they are `wanted`, and must be there if `needed`."""
+    there = RegularFiles(file.parent)
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            header = lines.readline()
-            rows = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count))
-            columns = [name.strip() for name in next(rows, [])]
-            path = _column(file, columns, path_column, "path", _PATHS)
-            label = _column(file, columns, label_column, "label", _LABELS, needed) if wanted else None
+        with open_rows(file) as rows:
+            notes: tuple[str, ...] = ()
+            holding = [i for i, cell in enumerate(rows.columns) if _leads(there, cell)]
+            if path_column is None and len(holding) == 1:
+                rows = rows.without_names(_names(len(rows.columns), holding[0]))
+                notes = (f"'{file.name}' names no columns: {quoted(rows.columns)} are taken",)
+            columns, first = rows.columns, rows.first
+            likely = [i for i, cell in enumerate(first) if i < len(columns) and _leads(there, cell)]
+            only = likely[0] if len(likely) == 1 else None
+            path = _column(file, columns, path_column, "path", _PATHS, likely=only)
+            guessed = path is not None and columns[path].lower() not in _PATHS
+            other = 1 - path if path is not None and len(columns) == 2 and guessed else None
+            label = _column(file, columns, label_column, "label", _LABELS, needed, other) if wanted else None
             codes, labels = array("q"), dict[str, int]()
-            pictures = Files(file.parent, _paths(file, rows, (path, label), codes, labels), None)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            every = chain([first] if first else [], rows.rest)
+            paths = _paths(file, every, (path, label), codes, labels, there, rows.line)
+            pictures = Files(file.parent, paths, None)
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read '{file}': it is not text in UTF-8; save it so ({error})") from error
+    except (OSError, csv.Error) as error:
         raise UserError(f"cannot read '{file}': {error}") from error
     if not len(pictures):
         raise UserError(f"'{file}' lists no pictures")
-    notes = tuple(
+    notes += tuple(
         f"the {kind}s are in column '{columns[place]}' of '{file.name}'"
         for kind, place, given in (("path", path, path_column), ("label", label, label_column))
         if place is not None and given is None and columns[place] != kind
@@ -142,9 +157,15 @@ def _read(
 
 
 def _column(
-    file: Path, columns: list[str], given: str | None, kind: str, usual: Sequence[str], needed: bool = True
+    file: Path,
+    columns: list[str],
+    given: str | None,
+    kind: str,
+    usual: Sequence[str],
+    needed: bool = True,
+    likely: int | None = None,
 ) -> int | None:
-    """Place of the column of a name, or else of a usual one; None if it is not there and not needed."""
+    """Place of a column by its name, a usual one or as is likely; None if not there and not needed."""
     if given in columns:
         return columns.index(given)
     lower = [name.lower() for name in columns]
@@ -153,6 +174,8 @@ def _column(
         return found
     if not needed:
         return None
+    if given is None and likely is not None:
+        return likely
     missing = given or kind
     raise UserError(
         f"'{file}' has no column '{missing}'{nearest(missing, columns)}; there are {quoted(columns, 6)}: "
@@ -166,20 +189,42 @@ def _paths(
     places: tuple[int | None, int | None],
     codes: "array[int]",
     labels: dict[str, int],
+    there: RegularFiles,
+    start: int,
 ) -> Iterator[str]:
     """The pictures' paths row by row, while codes and labels are filled."""
     path_place, label_place = places
     assert path_place is not None
     needed = max(path_place, label_place or 0)
-    there = RegularFiles(file.parent)
-    for line, row in enumerate(filter(None, rows), 2):
+    for line, row in enumerate(filter(None, rows), start):
         path = row[path_place] if path_place < len(row) else ""
         label = "" if label_place is None or needed >= len(row) else row[label_place]
         if not path or (label_place is not None and not label):
             raise UserError(f"'{file}' has no {'label' if path else 'path'} in row {line}")
         yield path if path in there else _existing(file, line, there, path)
         if label_place is not None:
+            if label[-2:] == ".0" and _WHOLE_NUMBER.fullmatch(label[:-2]):
+                label = label[:-2]  # a whole number, as tables of numbers write it
             codes.append(labels.setdefault(label, len(labels)))
+
+
+def _leads(there: RegularFiles, cell: str) -> bool:
+    """Whether a cell is the path of a picture, with its ending or without."""
+    turned = cell.strip().replace("\\", "/")
+    return (
+        turned in there or Path(turned).suffix.lower() in ENDINGS or _with_ending(there, turned) is not None
+    )
+
+
+def _with_ending(there: RegularFiles, path: str) -> str | None:
+    """The file that a path without its ending means."""
+    return next((path + ending for ending in ENDINGS if path and path + ending in there), None)
+
+
+def _names(count: int, path: int) -> list[str]:
+    """Names for columns that have none."""
+    others = ["label"] if count == 2 else [f"column {i + 1}" for i in range(count) if i != path]
+    return [*others[:path], "path", *others[path:]]
 
 
 def _existing(file: Path, line: int, there: RegularFiles, path: str) -> str:
@@ -187,6 +232,8 @@ def _existing(file: Path, line: int, there: RegularFiles, path: str) -> str:
     turned = path.replace("\\", "/")
     if turned in there:
         return turned
+    if (found := _with_ending(there, turned)) is not None:
+        return found
     if (file.parent / turned).exists():
         raise UserError(f"row {line} of '{file}' lists '{path}', which is not a regular file")
     raise UserError(f"'{file}' lists '{path}' in row {line}, which is not in '{file.parent}'")

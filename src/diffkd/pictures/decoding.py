@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
@@ -18,6 +20,8 @@ ENDINGS = (
 )
 # Pillow alone would also try formats that call other programs, as EPS calls Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", TiffImageFile.format, WebPImageFile.format)
+HEIC = (".heic", ".heif", ".hif")  # telephones' own; decoded where pillow-heif is installed
+_HEIC_WAY = "pip install pillow-heif decodes it, or save it as JPEG"
 MAX_PIXELS = 178_956_970  # Pillow's own limit
 _MOST_SAMPLES, _LARGEST = 281, 65535  # TIFF's tag MaxSampleValue
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -81,10 +85,31 @@ def _check_regular(picture: Path | bytes) -> None:
 
 def _open(picture: Path | BytesIO) -> Image.Image:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked after drafting
+    formats = (*_FORMATS, "HEIF") if _is_heic(picture) and reads_heic() else _FORMATS
     try:
-        return Image.open(picture, formats=_FORMATS)
+        return Image.open(picture, formats=formats)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+@cache
+def reads_heic() -> bool:
+    """Whether pillow-heif is installed; it is told to Pillow then."""
+    try:
+        import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return False
+    return True
+
+
+def _is_heic(picture: Path | BytesIO) -> bool:
+    """Whether a file begins as HEIF does, whatever it is called."""
+    if isinstance(picture, Path):
+        with picture.open("rb") as file:
+            start = file.read(12)
+    else:
+        start = picture.getvalue()[:12]
+    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc")
 
 
 def _shrink(picture: Image.Image, at_least: int | None, max_pixels: int) -> None:
@@ -196,6 +221,8 @@ def unreadable(name: str, error: Exception, what: str = "picture") -> UserError:
     """The error that names a file that cannot be read, and why."""
     reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
     reason = getattr(error, "strerror", None) or reason  # which does not name the file once more
+    if isinstance(error, UnidentifiedImageError) and name.lower().endswith(HEIC) and not reads_heic():
+        reason = _HEIC_WAY
     return UserError(f"cannot read {what} '{name}': {reason.partition(chr(10))[0]}")
 
 

@@ -187,17 +187,21 @@ class Pictures:
         """What an error calls the picture at a place, and the picture, not decoded."""
         return self.source[place][:2]
 
-    def unreadable(self, limit: int = 50_000) -> list[str]:
-        """What is wrong with the pictures whose headers cannot be read, a line each.
+    def unreadable(self, limit: int | None = None, *, decoded: bool = False) -> list[str]:
+        """What is wrong with the pictures that cannot be read, a line each.
 
         Args:
-            limit: so many are looked at, evenly spread.
+            limit: so many are looked at, evenly spread; None looks at all.
+            decoded: decodes them whole; else their headers are read.
         """
         found = []
-        for place in evenly(len(self), limit):
+        for place in range(len(self)) if limit is None else evenly(len(self), limit):
             try:
                 name, picture = self.picture(place)
-                header(picture, name)
+                if decoded:
+                    decode(picture, name, levels=self.levels, max_pixels=self.max_pixels)
+                else:
+                    header(picture, name)
             except UserError as error:
                 found.append(str(error))
         return found

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from diffkd.errors import UserError
-from diffkd.pictures.decoding import ENDINGS
+from diffkd.pictures.decoding import ENDINGS, HEIC, reads_heic
 
 # what operating systems and file servers put beside one's own folders
 _SYSTEM = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "@Recycle", "#recycle"}
-_SYSTEM |= {"#snapshot", "lost+found", "Thumbs.db", "desktop.ini", "ehthumbs.db"}
+_SYSTEM |= {"__pycache__", "#snapshot", "lost+found", "Thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 
 class Scan:
@@ -24,10 +24,10 @@ class Scan:
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as place:
-    ...     _ = Path(place, "a.png").touch(), Path(place, "b.heic").touch()
+    ...     _ = Path(place, "a.png").touch(), Path(place, "b.raw").touch()
     ...     scan = Scan(Path(place))
     ...     scan.pictures(), dict(scan.left_out)
-    (['a.png'], {'.heic files': 1})
+    (['a.png'], {'.raw files': 1})
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,7 +115,10 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 def _unfit(entry: os.DirEntry[str]) -> str | None:
     """Why an entry that is no folder is no picture file; None if it may be one."""
     _, dot, ending = entry.name.rpartition(".")
-    if f".{ending.lower()}" not in ENDINGS:
+    if f".{ending.lower()}" in HEIC:
+        if not reads_heic():
+            return f".{ending.lower()} files (pip install pillow-heif reads them)"
+    elif f".{ending.lower()}" not in ENDINGS:
         return f".{ending.lower()} files" if dot else "files without an ending"
     if entry.is_file():
         return None

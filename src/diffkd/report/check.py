@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffkd.assembly import Parts, assemble, check_outputs
 from diffkd.distiller import Distiller
-from diffkd.errors import plain
+from diffkd.errors import UserError, plain
 from diffkd.maths.randomness import seed_everything
 from diffkd.models.measure import SavedBytes
 from diffkd.pictures.files import Pictures
@@ -26,14 +26,19 @@ SEEN = 256  # test pictures that a teacher is judged by
 FEW = 16  # pictures that a check runs; what a whole batch takes follows from them
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, *, decode: bool = False) -> None:
     """Builds the whole run, runs one training batch forward and backward, prints what happened.
 
+    Args:
+        recipe: the run.
+        decode: decodes every picture whole; else their headers are read.
+
     Raises:
-        UserError: the recipe cannot be run.
+        UserError: the recipe cannot be run, or more pictures are unreadable than it puts up with.
     """
     seed_everything(recipe.seed)
     parts = assemble(recipe, with_teacher=bool(recipe.method))
+    damaged = list(_unreadable(parts, decode))
     sample = parts.sample(2)
     check_outputs(parts, sample)
     distiller, warnings = parts.distiller(sample)
@@ -52,7 +57,7 @@ def check_recipe(recipe: Recipe) -> None:
     console = Console(
         highlight=False, markup=False, soft_wrap=True, width=None if Console().is_terminal else 130
     )
-    for note in chain(_notes(parts, warnings), _unreadable(parts)):
+    for note in chain(_notes(parts, warnings), damaged):
         console.print(plain(note))
     if distiller.pairs:
         console.print(_taps(distiller))
@@ -123,12 +128,21 @@ def _notes(parts: Parts, warnings: list[str]) -> list[str]:
     return notes + [f"warning: {line}" for line in warnings]
 
 
-def _unreadable(parts: Parts) -> Iterator[str]:
-    """Pictures whose headers cannot be read, before they stop a training."""
+def _unreadable(parts: Parts, decode: bool) -> Iterator[str]:
+    """Pictures that cannot be read, before they stop a training.
+
+    Raises:
+        UserError: there are more than `data.max_corrupt` of a split.
+    """
     for what, split in (("training", parts.data.train), ("test", parts.data.test)):
-        found = split.unreadable() if isinstance(split, Pictures) else []
-        if found:
-            yield f"warning: {len(found)} of {len(split)} {what} pictures are unreadable: {found[0]}"
+        found = split.unreadable(decoded=decode) if isinstance(split, Pictures) else []
+        if not found:
+            continue
+        told = f"{len(found)} of {len(split)} {what} pictures are unreadable: {'; '.join(found[:5])}"
+        told += f" and {len(found) - 5} more" if len(found) > 5 else ""
+        if isinstance(split, Pictures) and len(found) > split.max_corrupt:
+            raise UserError(f"{told}; mend or remove them, or skip them: data.max_corrupt={len(found)}")
+        yield f"warning: {told}"
 
 
 def _table(title: str, *columns: str) -> Table:
