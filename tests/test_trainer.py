@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import start
+from conftest import TINY, start
 from diffkd.errors import UserError
 from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
@@ -33,8 +34,20 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_one_seed_one_result_to_the_bit(tiny, tmp_path):
-    first, second = (run(tiny, tmp_path / name) for name in "ab")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run that keeps all its checkpoints, only to be read."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "tiny.yaml").write_text(TINY)
+    return run(place / "tiny.yaml", place / "a", "trainer.keep=all")
+
+
+def copied(folder, place):
+    return RunFolder(shutil.copytree(folder.path, place))
+
+
+def test_one_seed_one_result_to_the_bit(finished, tiny, tmp_path):
+    first, second = finished, run(tiny, tmp_path / "b")
     other = run(tiny, tmp_path / "c", "seed=1")
     assert same(weights(first), weights(second))
     assert not same(weights(first), weights(other))
@@ -45,8 +58,8 @@ def test_one_seed_one_result_to_the_bit(tiny, tmp_path):
     assert rows[0] == rows[1]
 
 
-def test_run_folder_holds_what_it_promises(tiny, tmp_path):
-    folder = run(tiny, tmp_path / "a")
+def test_run_folder_holds_what_it_promises(finished, tiny):
+    folder = finished
     names = {p.name for p in folder.path.iterdir()}
     assert {"recipe.yaml", "metrics.csv", "summary.json", "log.txt", "checkpoints", "student"} <= names
     assert any(name.startswith("events.out") for name in names)
@@ -55,14 +68,14 @@ def test_run_folder_holds_what_it_promises(tiny, tmp_path):
     assert summary["last"]["top1"] == history[-1]["top1"]
     assert summary["best"]["top1"] == max(row["top1"] for row in history)
     assert json.loads((folder.path / "student/config.json").read_text())["model"] == "simple/cnn4"
-    again, wanted = load(str(folder.recipe_file)), load(str(tiny))
+    again, wanted = load(str(folder.recipe_file)), load(str(tiny), ["trainer.keep=all"])
     assert again.model_dump(exclude={"name"}) == wanted.model_dump(exclude={"name"})
 
 
-def test_shipped_student_is_the_plain_model(tiny, tmp_path):
+def test_shipped_student_is_the_plain_model(finished):
     from diffkd.models.base import build
 
-    folder = run(tiny, tmp_path / "a")
+    folder = finished
     model = build("simple/cnn4", num_classes=10, image_shape=(1, 8, 8))
     model.load_state_dict(weights(folder))
     state = torch.load(folder.list_checkpoints()[-1], weights_only=True)
@@ -118,7 +131,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(tiny, tmp_path, number):
 def test_damaged_newest_checkpoint_is_set_aside(tiny, tmp_path):
     words = ["trainer.epochs=3", "trainer.keep=all"]
     undisturbed = run(tiny, tmp_path / "a", *words)
-    folder = run(tiny, tmp_path / "b", *words)
+    folder = copied(undisturbed, tmp_path / "b")
     (folder.path / "summary.json").unlink()
     newest = folder.list_checkpoints()[-1]
     content = bytearray(newest.read_bytes())
@@ -132,8 +145,8 @@ def test_damaged_newest_checkpoint_is_set_aside(tiny, tmp_path):
     assert same(weights(undisturbed), weights(folder))
 
 
-def test_truncated_checkpoint_is_set_aside(tiny, tmp_path):
-    folder = run(tiny, tmp_path / "b", "trainer.keep=all")
+def test_truncated_checkpoint_is_set_aside(finished, tmp_path):
+    folder = copied(finished, tmp_path / "b")
     newest = folder.list_checkpoints()[-1]
     os.truncate(newest, newest.stat().st_size // 2)
     said = []
@@ -160,8 +173,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
         assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
 
 
-def test_disk_full_while_saving_keeps_the_checkpoint_before(tiny, tmp_path):
-    folder = run(tiny, tmp_path / "a")
+def test_disk_full_while_saving_keeps_the_checkpoint_before(finished, tmp_path):
+    folder = copied(finished, tmp_path / "a")
     before = {p.name: p.read_bytes() for p in folder.list_checkpoints()}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -177,8 +190,8 @@ def test_disk_full_while_saving_keeps_the_checkpoint_before(tiny, tmp_path):
     assert {p.name: p.read_bytes() for p in folder.checkpoints.iterdir()} == before
 
 
-def test_existing_run_is_not_overwritten(tiny, tmp_path):
-    folder = run(tiny, tmp_path / "a")
+def test_existing_run_is_not_overwritten(finished, tiny, tmp_path):
+    folder = copied(finished, tmp_path / "a")
     before = folder.student_file.stat().st_mtime_ns
     with pytest.raises(UserError, match="exists; resume=true"):
         run(tiny, tmp_path / "a")

@@ -90,6 +90,8 @@ class Trainer:
             beside = (held.model for held in (self.ema, parts.teacher) if held is not None)
             as_channels_last(step, *beside)
         if recipe.trainer.compile:
+            # A model runs with the taps' hooks in training and without them else: two graphs.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[attr-defined]
             for module in (parts.student.model, self.distiller.teacher, *self.distiller.methods.values()):
                 if module is not None:
                     module.compile()
