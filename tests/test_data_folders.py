@@ -324,6 +324,7 @@ def test_hugging_face_sets(hub):
 
 def test_hugging_face_sets_that_do_not_fit(hub, monkeypatch):
     for options, words in [
+        ({"first_label": 1}, "holds no class indices of 1 or more"),
         ({"dataset": "me/birds"}, "'me/birds' cannot be loaded: no me/birds"),
         ({"dataset": None}, "data.dataset=NAME"),
         ({"train_split": "trian"}, "did you mean 'train'"),

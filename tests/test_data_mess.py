@@ -300,6 +300,7 @@ def test_sizes_beyond_all_measure_are_refused(tmp_path):
         builder("digits")(None, shift=100_000_000)
     tree(tmp_path)
     assert "data.image_size=100000000" in error(tmp_path, image_size=100_000_000)
+    assert "enlarges pictures beyond" in error(tmp_path, image_size=16384)
     assert "data.num_classes=100000000" in error(tmp_path, labels="none", num_classes=100_000_000)
     assert "data.crop_padding=9" in error(tmp_path, augment="crop", crop_padding=9)
 

@@ -11,7 +11,7 @@ from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, nearest
 from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Item, Source, held_out
-from diffkd.pictures.options import class_count, spread
+from diffkd.pictures.options import class_count, class_notes, spread
 
 _TEST_NAMES = ("validation", "valid", "val", "test")
 
@@ -29,6 +29,7 @@ def build(
     val_fraction: float = 0.1,
     labels: Literal["given", "none"] = "given",
     num_classes: int | None = None,
+    first_label: int = 0,
     options: PictureOptions,
 ) -> Data:
     """Pictures and labels of a data set that `datasets.load_dataset` opens. None of its code is run.
@@ -45,6 +46,7 @@ def build(
         val_fraction: share held out, of every class.
         labels: "none" trains without labels; the test split keeps those that it has.
         num_classes: needed where the data set does not tell.
+        first_label: the number of the first class, where labels have no names.
         options: how pictures are augmented.
 
     Raises:
@@ -61,7 +63,7 @@ def build(
         option = "image_column" if image is None else "label_column"
         raise UserError(f"which column of '{name}' is it? data.{option}= one of {', '.join(rows.features)}")
     held = test_split or next((split for split in _TEST_NAMES if split in splits), None)
-    found = _Rows(rows, image, None if labels == "none" else label, f"{name} {train_split}")
+    found = _Rows(rows, image, None if labels == "none" else label, f"{name} {train_split}", first_label)
     known = {found.name: found.targets}
     train: Source = found
     test: Source
@@ -69,14 +71,16 @@ def build(
     if held is None:
         train, test, notes = held_out(found, found.targets, val_fraction, name)
     else:
-        test = _Rows(_split(splits, held, name), image, label, f"{name} {held}")
-        known[test.name] = test.targets
+        test = tested = _Rows(_split(splits, held, name), image, label, f"{name} {held}", first_label)
+        known[tested.name] = tested.targets
     classes = tuple(getattr(rows.features.get(label), "names", None) or ())
+    count = class_count(num_classes, classes, known)
+    notes += class_notes(count, found.targets, known.get(f"{name} {held}"), classes)
     return of_pictures(
         options,
         train,
         test,
-        num_classes=class_count(num_classes, classes, known),
+        num_classes=count,
         class_names=classes,
         notes=notes,
     )
@@ -110,7 +114,7 @@ def _only_column(rows: Any, kind: str) -> str | None:
 class _Rows:
     """One split, its pictures not decoded yet."""
 
-    def __init__(self, rows: Any, image: str, label: str | None, name: str) -> None:
+    def __init__(self, rows: Any, image: str, label: str | None, name: str, first: int) -> None:
         for column in filter(None, (image, label)):
             if column not in rows.features:
                 raise UserError(f"{name} has no column '{column}'{nearest(column, rows.features)}")
@@ -120,8 +124,10 @@ class _Rows:
             name,
         )
         self.targets = None if label is None else np.asarray(rows[label])
+        if self.targets is not None and self.targets.dtype.kind in "iu":
+            self.targets = self.targets.astype(np.int64) - first
         if self.targets is not None and not (self.targets.dtype.kind in "iu" and self.targets.min() >= 0):
-            raise UserError(f"column '{label}' of {name} holds no class indices of 0 or more")
+            raise UserError(f"column '{label}' of {name} holds no class indices of {first} or more")
 
     def __len__(self) -> int:
         return len(self.rows)

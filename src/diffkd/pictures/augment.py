@@ -72,6 +72,11 @@ class PictureOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.size <= _LARGEST_SIDE:
             raise UserError(f"data.image_size={self.image_size} must be 1 to {_LARGEST_SIDE} pixels")
+        if 0 < self.crop_fraction <= 1 and round(self.size / self.crop_fraction) ** 2 > MAX_PIXELS:
+            raise UserError(
+                f"data.image_size={self.size} with data.crop_fraction={self.crop_fraction} enlarges pictures "
+                f"beyond {MAX_PIXELS} pixels; lower the size"
+            )
         for name in ("crop_padding", "cutout", "max_corrupt"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)} is negative")
