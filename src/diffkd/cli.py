@@ -119,7 +119,7 @@ def export(
         list[str] | None,
         typer.Argument(
             metavar="to=onnx|torch_export|torchscript|safetensors|timm [KEY=VALUE]...",
-            help="output, with_preparation, dynamic_batch, dynamic_size, opset, quantize, verify, trust=true",
+            help="output, which, with_preparation, dynamic_batch, dynamic_size, opset, quantize, verify",
         ),
     ] = None,
 ) -> None:

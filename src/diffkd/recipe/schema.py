@@ -227,6 +227,7 @@ class Recipe(Section):
         model = ModelRecipe(**self.teacher.model_dump(exclude={"train"}))
         told = train if train.epochs or train.steps else self.trainer
         trainer = {"epochs": told.epochs, "steps": told.steps, "ema": None}
+        trainer |= {"patience": None, "max_minutes": None}  # of the run, not of what many runs share
         data = {"batch_size": train.batch_size or self.data.batch_size}
         return self.model_copy(
             update={

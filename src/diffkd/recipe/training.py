@@ -177,6 +177,8 @@ class TrainerRecipe(Section):
         keep: of a finished run's checkpoints: `last`, the last one's weights alone; `all`, the last two and
             the best with all that they hold.
         threads: CPU threads; small models are faster with 1, and the same number gives the same bits.
+        patience: ends the run after so many evaluations without a better one, as the best epoch is chosen.
+        max_minutes: ends the run after so many minutes, evaluations included, with one evaluation more.
         max_steps: stops after so many optimizer steps, for a trial; a teacher that is made, too.
     """
 
@@ -198,6 +200,8 @@ class TrainerRecipe(Section):
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=lambda: ["tensorboard"])
     save_every: Count | None = None
     keep: Literal["last", "all"] = "last"
+    patience: Count | None = None
+    max_minutes: Positive | None = None
     max_steps: Count | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     progress: bool = True

@@ -25,7 +25,10 @@ def write_atomically(place: Path, write: Callable[[Path], object]) -> None:
     """
     partial = place.with_name(f"{place.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it; some writers let nobody else read
         write(partial)
+        partial.chmod(mode)
         settle(partial, place)
     except OSError:
         raise

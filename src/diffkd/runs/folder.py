@@ -37,7 +37,9 @@ from diffkd.runs.disk import (
 History = list[dict[str, float]]
 
 _LOCK, _HOLDER = ".lock", ".holder"
-_CHECKED = ("student/model.safetensors", "student/config.json")
+_CHECKED = tuple(
+    f"{s}/{n}" for s in ("student", "student-best") for n in ("model.safetensors", "config.json")
+)
 _CHECKPOINT = re.compile(r"step-\d+-[0-9a-f]{8}\.pt")
 # What every summary holds.
 _SUMMARY = ("metric", "metric_label", "last", "best", "student", "teacher", "agreement", "device", "seconds")
@@ -56,6 +58,7 @@ class RunFolder:
     checkpoints/     the last two and the best, each with its checksum in its name; when the run is
                      finished the last one's weights alone
     student/         model.safetensors (keys of the plain model) and config.json
+    student-best/    the same of the best epoch
     checksums.json   of the student and the summary
     evaluation/      where the student errs
     curves.png
@@ -253,13 +256,15 @@ class RunFolder:
         """Whether the run went to its end."""
         return (self.path / "summary.json").is_file()
 
-    def write_student(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-        """The student alone, as it ships."""
-        folder = self.path / "student"
+    def write_student(
+        self, state: Mapping[str, Tensor], config: Mapping[str, Any], name: str = "student"
+    ) -> None:
+        """The student alone, as it ships, in a folder of the run's."""
+        folder = self.path / name
         folder.mkdir(exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        write_atomically(self.student_file, lambda place: save_file(_unshared(tensors), place))
-        self.write_text("student/config.json", json.dumps(config, indent=2) + "\n")
+        write_atomically(folder / "model.safetensors", lambda place: save_file(_unshared(tensors), place))
+        self.write_text(f"{name}/config.json", json.dumps(config, indent=2) + "\n")
 
     # --- checkpoints -----------------------------------------------------------------------------
 

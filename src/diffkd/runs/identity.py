@@ -88,6 +88,9 @@ def _determining(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what is indifferent; files of weights count by their content, not their place."""
     content = recipe.model_dump(mode="json", exclude=_INDIFFERENT)
     content["task"]["weight"] = recipe.task_weight
+    for limit in ("patience", "max_minutes"):  # none is as if there were no such key
+        if content["trainer"][limit] is None:
+            del content["trainer"][limit]
     for name in ("student", "teacher"):
         model = getattr(recipe, name)
         for key in _weights_files(model) if model is not None else ():

@@ -1,10 +1,12 @@
-"""What a run leaves behind: its summary."""
+"""What a run leaves behind: its summary, and the student of its best epoch."""
 
 from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from diffkd.assembly import describe_student
 from diffkd.models.measure import machine
+from diffkd.runs.folder import load_checkpoint
 from diffkd.training.meter import Place
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ def summary_of(
         "arrays": place.arrays,
         "class_names": list(parts.data.class_names),
         "best": {name: best[name] for name in figures} | {k: best[k] for k in ("epoch", "step")},
+        "chosen_on": trainer.choice.on,
+        "ended": place.ended,
         "student": {"model": parts.student.name, **trainer.costs["student"]},
         "teacher": None,
         "epochs": trainer.length.told_epochs(place.step),
@@ -63,3 +67,36 @@ def summary_of(
             **trainer.costs["teacher"],
         }
     return summary
+
+
+def write_best(trainer: "Trainer", place: Place, best: Mapping[str, float]) -> None:
+    """The student of the best epoch beside the last one's, out of the checkpoint that was kept of it.
+
+    Nothing is written where that checkpoint is gone.
+
+    Args:
+        trainer: at its end.
+        place: where it ended.
+        best: the row of history of the best epoch.
+    """
+    figures = {name: best[name] for name in place.scalars}
+    config = describe_student(trainer.parts, figures) | {
+        "chosen_on": trainer.choice.on,
+        **{key: best[key] for key in ("epoch", "step")},
+    }
+    if best["step"] == place.step:
+        state = trainer.shipped.model.state_dict()
+    else:
+        found = [path for path in trainer.folder.list_checkpoints() if _step_of(path.name) == best["step"]]
+        if not found:
+            return
+        kept = load_checkpoint(found[-1])
+        prefix = "distiller.student."
+        state = kept["ema"] or {
+            key.removeprefix(prefix): value for key, value in kept["model"].items() if key.startswith(prefix)
+        }
+    trainer.folder.write_student(state, config, "student-best")
+
+
+def _step_of(name: str) -> int:
+    return int(name.split("-")[1])

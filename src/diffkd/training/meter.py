@@ -22,6 +22,8 @@ class Place:
         seconds: of training since the last row of history.
         history: one row per evaluation.
         sums: sums over the batches since the last row, so that a run that goes on reports all of them.
+        elapsed: seconds that the run has taken, evaluations included.
+        ended: why it ended before its length; empty where it did not.
         scalars: names of the last evaluation's single figures; arrays: its figures of several numbers.
     """
 
@@ -29,6 +31,8 @@ class Place:
     batch: int = 0
     step: int = 0
     seconds: float = 0.0
+    elapsed: float = 0.0
+    ended: str = ""
     history: History = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     scalars: list[str] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """The loop: step, validate, save, resume."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,23 @@ from torch import Tensor
 
 from diffkd.assembly import Side, assemble, check_outputs, describe_student
 from diffkd.batch import Batch
+from diffkd.pictures.loading import Loader
 from diffkd.errors import NotFiniteError, UserError
 from diffkd.maths.randomness import random_state, seed_everything, set_random_state
 from diffkd.models.measure import peak_memory, reset_peak_memory
 from diffkd.recipe.schema import Recipe, dump
+from diffkd.runs.bar import ProgressBar
 from diffkd.runs.console import Reporter
-from diffkd.runs.folder import History, RunFolder, load_checkpoint, resume_hint
+from diffkd.runs.folder import RunFolder, load_checkpoint, resume_hint
 from diffkd.runs.places import check_folder, check_identity
 from diffkd.tasks.base import Figures, near_chance
 from diffkd.training.balance import Balance
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state, unwrapped
 from diffkd.training.devices import as_channels_last, expect_unused, fuses, gathered, on_first
 from diffkd.training.dryrun import try_step
+from diffkd.training.early import Choice, ended, is_late, watching
 from diffkd.training.ema import Ema
-from diffkd.training.ending import summary_of
+from diffkd.training.ending import summary_of, write_best
 from diffkd.training.evaluation import evaluate
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.length import Length
@@ -73,6 +77,11 @@ class Trainer:
         }
         self.train_loader = parts.loader(parts.data.train, shuffle=True, **where)
         self.test_loader = parts.loader(parts.data.test, shuffle=False, **where)
+        val, task = parts.data.val, parts.task
+        self.val_loader = None if val is None else parts.loader(val, shuffle=False, **where)
+        sign = 1 if task.higher_is_better else -1
+        key, on = (task.metric, "test") if val is None else (f"val_{task.metric}", "val")
+        self.choice = Choice(key, sign, on)
         steps = len(self.train_loader) // recipe.trainer.accumulate
         if steps == 0:
             raise UserError(
@@ -126,9 +135,12 @@ class Trainer:
         teacher = self._judge_teacher()
         place = self._begin()
         self.meter, self.since = Meter(place.sums), time.perf_counter()
+        self.clock = self.since
         with StopRequest() as stop, self.reporter.bar(self.length.last, place.step) as bar:
-            while place.step < self.length.last:
+            while place.step < self.length.last and not place.ended:
                 self._train_epoch(place, bar, stop)
+        if place.ended:
+            self.reporter.note(f"ended after {self.length.told(place.step - 1)}: {place.ended}")
         self._finish(place, teacher)
         self.fabric.barrier()  # nobody reads the student before it is written
         return self.folder
@@ -168,7 +180,7 @@ class Trainer:
         parts, teacher = self.parts, self.parts.teacher
         if teacher is None or not parts.teacher_answers:
             return None if teacher is None else {}
-        figures = teacher_figures(parts, self.fabric, lambda: self._evaluate(teacher))
+        figures = teacher_figures(parts, self.fabric, lambda: self._judge(teacher))
         score, chance = figures[parts.task.metric], parts.task.chance
         if chance is not None and near_chance(score, chance, len(parts.data.test)):
             self.reporter.warn(
@@ -177,7 +189,7 @@ class Trainer:
             )
         return figures
 
-    def _train_epoch(self, place: Place, bar: Any, stop: StopRequest) -> None:
+    def _train_epoch(self, place: Place, bar: ProgressBar, stop: StopRequest) -> None:
         """The rest of the epoch that the place is in, or of the run."""
         epoch = place.epoch
         self.step.train()
@@ -188,20 +200,22 @@ class Trainer:
             bar.step(updates, len(batch.images) * self.fabric.world_size)
             if updates:
                 self._after_update(place, bar, stop)
-            if place.epoch != epoch or place.step >= self.length.last:
+            if place.epoch != epoch or place.step >= self.length.last or place.ended:
                 return
 
-    def _after_update(self, place: Place, bar: Any, stop: StopRequest) -> None:
+    def _after_update(self, place: Place, bar: ProgressBar, stop: StopRequest) -> None:
         """What is due after an optimizer step: a look, an evaluation, a checkpoint, an end."""
         trainer, now = self.recipe.trainer, time.perf_counter()
         place.seconds += now - self.since
         self.since = now
         if place.step % trainer.log_every == 0:
             self._look(place, bar)
-        row = self.length.evaluates(place.step)
+        self._tick(place)
+        late = is_late(self.recipe.trainer, place, self.length, self.fabric)
+        row = self.length.evaluates(place.step) or late
         stopping = self._agreed(stop, place)
         if row:
-            self._add_row(place)
+            self._add_row(place, bar, late)
         elif stopping or (trainer.save_every is not None and place.step % trainer.save_every == 0):
             self._save(place)
         if stopping:
@@ -231,7 +245,7 @@ class Trainer:
                 self.ema.update(self.parts.student.model, place.step + 1)
         return {"loss": total, **losses, **self.distiller.figures}
 
-    def _look(self, place: Place, bar: Any) -> None:
+    def _look(self, place: Place, bar: ProgressBar) -> None:
         """Reads the losses: the only time that the host waits for the device between evaluations."""
         self._check_losses()
         last = self.meter.last()
@@ -260,11 +274,18 @@ class Trainer:
             f"{what}; {kept}; try a lower optimizer.lr, trainer.clip_grad_norm=1 or trainer.precision=fp32"
         )
 
-    def _add_row(self, place: Place) -> None:
+    def _tick(self, place: Place) -> None:
+        """Counts the time since the last tick."""
+        now = time.perf_counter()
+        place.elapsed += now - self.clock
+        self.clock = now
+
+    def _add_row(self, place: Place, bar: ProgressBar, late: bool) -> None:
         """Evaluates, writes a row of history, saves."""
         self._check_losses()
         self._check_weights(place)
-        figures = self._validate()
+        figures = self._validate(self.test_loader, bar, "testing")
+        held = {} if self.val_loader is None else self._validate(self.val_loader, bar, "validating").scalars
         place.scalars, place.arrays = list(figures.scalars), dict(figures.arrays)
         images = self.meter.count * self.train_loader.batch_size
         row = {
@@ -273,27 +294,35 @@ class Trainer:
             "lr": self.lr,
             **self.meter.means(self._all_reduce),
             **figures.scalars,
+            **{f"val_{name}": value for name, value in held.items()},
             "seconds": round(place.seconds, 3),
             "images_per_second": round(images / max(place.seconds, 1e-9), 1),
             "memory_mb": round(peak_memory(self.fabric.device) / 2**20, 1),
         }
         place.add_row(row)
+        self._tick(place)
+        place.ended = ended(self.recipe.trainer, self.choice, place, late)
         self.meter = Meter({})
         self._save(place)
         if self.fabric.is_global_zero:
             self.folder.append_history(place.history)
             self.loggers.log({f"epoch/{k}": v for k, v in row.items()}, place.step)
-            self.reporter.row(row)
+            self.reporter.row(row, self.choice.told(place.history, self.length, self.parts.task))
 
-    def _validate(self) -> Figures:
+    def _validate(self, loader: Loader, bar: ProgressBar, what: str) -> Figures:
         if self.fabric.world_size > 1:
             for buffer in self.shipped.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return self._evaluate(self.shipped)
+        return self._evaluate(self.shipped, loader, watching(bar, loader, what))
 
-    def _evaluate(self, side: Side) -> Figures:
+    def _judge(self, teacher: Side) -> Figures:
+        loader = self.test_loader
+        with self.reporter.bar(len(loader), what="teacher's figures") as bar:
+            return self._evaluate(teacher, loader, watching(bar, loader))
+
+    def _evaluate(self, side: Side, loader: Loader, show: Callable[[Batch, Any], None]) -> Figures:
         task, teacher = self.parts.task, self.parts.teacher
-        return evaluate(side, task, self.test_loader, teacher, precision=self.recipe.trainer.precision)
+        return evaluate(side, task, loader, teacher, show, precision=self.recipe.trainer.precision)
 
     # --- saving ----------------------------------------------------------------------------------
 
@@ -329,7 +358,7 @@ class Trainer:
                 "random": random,
                 "place": place.state(),
             }
-            best = self._best(place.history)
+            best = self.choice.best(place.history)
             keep = [int(best["step"])] if best else []
             self.folder.save_checkpoint(place.step, lambda path: torch.save(state, path), keep)
         self.fabric.barrier()
@@ -354,12 +383,6 @@ class Trainer:
         assert isinstance(reduced, Tensor)
         return reduced
 
-    def _best(self, history: History) -> dict[str, float] | None:
-        """The first row with the best figure."""
-        task = self.parts.task
-        sign = 1 if task.higher_is_better else -1
-        return max(history, key=lambda row: sign * row[task.metric], default=None)
-
     # --- the end ---------------------------------------------------------------------------------
 
     def _finish(self, place: Place, teacher: dict[str, float] | None) -> None:
@@ -367,8 +390,9 @@ class Trainer:
         if not self.fabric.is_global_zero:
             return
         self.loggers.end()
-        best = self._best(place.history)
+        best = self.choice.best(place.history)
         assert best is not None
         figures = {name: place.history[-1][name] for name in place.scalars}
         self.folder.write_student(self.shipped.model.state_dict(), describe_student(self.parts, figures))
+        write_best(self, place, best)
         self.folder.write_summary(summary_of(self, place, best, figures, teacher))

@@ -38,6 +38,7 @@ class ExportOptions:
         opset: of ONNX; None leaves it to the exporter.
         quantize: "int8" writes an ONNX model of 8-bit weights and activations beside the other.
         trust: runs the code that the run folder names.
+        which: of a run's students the "last" epoch's or the "best" one's.
         verify: "sample" compares outputs on a few test pictures; "full" also measures the test data.
 
     Raises:
@@ -53,9 +54,11 @@ class ExportOptions:
     quantize: Literal["int8"] | None = None
     verify: Literal["sample", "full"] = "sample"
     trust: bool = False
+    which: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
-        for name, kind in (("to", Format), ("verify", Literal["sample", "full"])):
+        kinds = (("to", Format), ("verify", Literal["sample", "full"]), ("which", Literal["last", "best"]))
+        for name, kind in kinds:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise UserError(f"{name}={value}: unknown{nearest(str(value), get_args(kind))}")
@@ -114,7 +117,8 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
     Raises:
         UserError: the model cannot be exported so, or its answers differ; nothing is left behind then.
     """
-    folder, student = student_folder(run), load_student(run, trust=options.trust)
+    folder = student_folder(run, options.which)
+    student = load_student(run, trust=options.trust, which=options.which)
     needs(options.to)
     place = _place(run, folder, options)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -168,8 +172,9 @@ def _refuse(module: nn.Module, options: ExportOptions) -> None:
 def _place(run: str, folder: Path, options: ExportOptions) -> Path:
     if options.output is not None:
         return Path(options.output)
-    name = f"student{SUFFIX.get(options.to, '-' + options.to)}"
-    return (Path(run) if folder.name == "student" else folder) / "export" / name
+    stem = "student" if options.which == "last" else "student-best"
+    name = f"{stem}{SUFFIX.get(options.to, '-' + options.to)}"
+    return (Path(run) if folder != Path(run) else folder) / "export" / name
 
 
 def _parts(run: str, trust: bool) -> Parts | None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -72,18 +72,19 @@ class Student:
         return self.task.predict(self.model, self.task.prepare(batch, self.prepare))
 
 
-def load_student(run: str | Path, *, trust: bool = False) -> Student:
+def load_student(run: str | Path, *, trust: bool = False, which: Literal["last", "best"] = "last") -> Student:
     """The student of a run folder, or of its `student/` folder moved anywhere.
 
     Args:
         run: a run folder, or a folder with `model.safetensors` and `config.json`.
         trust: runs the code that the folder names, where its model or task is somebody's own.
+        which: of a run folder's students that of the last epoch or of the best.
 
     Raises:
         UserError: there is no student, it is damaged, it was written by an older version, or it names
             code and is not trusted.
     """
-    folder = student_folder(run)
+    folder = student_folder(run, which)
     config = read_config(folder)
     code = [name for name in (config["model"], config["task"]) if is_path(str(name))]
     if code and not trust:
@@ -133,13 +134,22 @@ def told_trust(words: Iterable[str]) -> tuple[list[str], bool]:
     return [word for word in words if word not in told], "trust=true" in told
 
 
-def student_folder(run: str | Path) -> Path:
+def student_folder(run: str | Path, which: str = "last") -> Path:
     """The folder with the student's weights and their description.
+
+    Args:
+        run: a run folder, or that folder itself.
+        which: of a run folder's, `last` or `best`.
 
     Raises:
         UserError: there is none.
     """
-    for folder in (Path(run) / "student", Path(run)):
+    if which not in ("last", "best"):
+        raise UserError(f"which={which}: needs last or best")
+    own = Path(run) / ("student" if which == "last" else "student-best")
+    if which == "best" and (Path(run) / "student").is_dir() and not own.is_dir():
+        raise UserError(f"'{run}' keeps no student of its best epoch")
+    for folder in (own, Path(run)):
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder
     raise UserError(
