@@ -23,6 +23,9 @@ def test_a_run_in_python_is_the_commands_run(tmp_path, tiny, monkeypatch):
     Image.new("L", (8, 8), 200).save("white.png")
     (row,) = run.predict("white.png").rows
     assert row["class"] in run.student.class_names
+    assert run.best_student.config["figures"]["top1"] == run.summary["best"]["top1"]
+    assert run.evaluate(tmp_path / "found")["top1"] == run.metrics["top1"]
+    assert "Where it errs" in run.page.read_text()
 
 
 def test_overrides_are_the_command_lines(tmp_path, tiny):
@@ -42,3 +45,14 @@ def test_a_run_in_a_thread(tmp_path, tiny):
     work.start()
     work.join(120)
     assert found[0].metrics["top1"] >= 0
+
+
+def test_a_comparison_in_python(tmp_path, tiny):
+    found = diffkd.compare(
+        str(tiny), ["none", "kd"], seeds=[4], output=tmp_path / "c", trainer={"max_steps": 1}
+    )
+    assert [method["name"] for method in found.figures["methods"]] == ["none", "kd"]
+    assert found.figures["seeds"] == [4]
+    assert "| kd |" in found.table
+    assert [run.folder.name for run in found.runs] == ["kd-seed4", "none-seed4"]
+    assert found.page.is_file()

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from diffkd.errors import UserError
     from diffkd.methods.base import Method, Setup
     from diffkd.methods.diffkd import DiffKD
+    from diffkd.report.run import Comparison, Run, compare, distill, train
     from diffkd.tasks.base import Figures, Task
-    from diffkd.use.run import Run, distill, train
     from diffkd.use.student import load_student
 
 # Loaded on first use, so that the command line answers before PyTorch is imported.
 _HOMES = {
     "Batch": "batch",
+    "Comparison": "report.run",
     "Data": "data.base",
     "DiffKD": "methods.diffkd",
     "Distiller": "distiller",
@@ -27,14 +28,16 @@ _HOMES = {
     "Setup": "methods.base",
     "Task": "tasks.base",
     "UserError": "errors",
-    "Run": "use.run",
-    "distill": "use.run",
+    "Run": "report.run",
+    "compare": "report.run",
+    "distill": "report.run",
     "load_student": "use.student",
-    "train": "use.run",
+    "train": "report.run",
 }
 
 __all__ = [
     "Batch",
+    "Comparison",
     "Data",
     "DiffKD",
     "Distiller",
@@ -45,6 +48,7 @@ __all__ = [
     "Task",
     "UserError",
     "__version__",
+    "compare",
     "distill",
     "load_student",
     "train",

@@ -21,7 +21,7 @@ from diffkd.report.examples import example_sections
 from diffkd.report.page import page
 from diffkd.report.running import Carry, PlannedRun, carry_out
 from diffkd.report.similarity import Similarity, similarity
-from diffkd.report.summary import percent
+from diffkd.report.summary import NARROW, percent
 from diffkd.report.tuning import Length, Search, Tuned, trial_recipe
 from diffkd.runs.disk import saying_where, write_atomically
 from diffkd.runs.folder import RunFolder
@@ -87,8 +87,8 @@ class Wanted:
 
 
 @data_kept()
-def compare(wanted: Wanted) -> None:
-    """Finds or makes every run, prints the table, writes the report.
+def compare(wanted: Wanted) -> Path:
+    """Finds or makes every run, prints the table, writes the report; gives the report's folder.
 
     Where it is wanted, each method's weight and options are chosen first; then no run looks at the test data
     before all are chosen.
@@ -116,16 +116,16 @@ def compare(wanted: Wanted) -> None:
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are there already")
     carry_out([partial(_work, run, console) for run in _counted(missing)], wanted.jobs, output)
     if not is_first():  # the runs were everyone's; the report is the first process's
-        return
+        return output
     notes += [wanted.tune.told(base)] if wanted.tune else []
     told = {label: found.as_dict() for label, found in tuned.items()}
     comparison = compare_runs(base.name, _finished(runs, notes), notes, told)
     sections = example_sections([(run.method, run.folder) for run in runs], _teacher(runs))
     write_report(comparison, output, sections)
-    Console(highlight=False, markup=False, width=None if console.is_terminal else 150).print(
-        rich_table(comparison)
-    )
+    screen = Console(highlight=False, markup=False, width=None if console.is_terminal else 150)
+    screen.print(rich_table(comparison, narrow=screen.width < NARROW))
     console.print(f"report: {output / 'report.html'}")
+    return output
 
 
 def methods_of(base: Recipe, label: str) -> dict[str, MethodRecipe]:

@@ -172,16 +172,33 @@ def _columns(comparison: Mapping[str, Any]) -> list[Column]:
     ]
 
 
-def rich_table(comparison: Mapping[str, Any]) -> Table:
-    """The table for a terminal."""
-    table = Table(
-        title=caption(comparison), caption="to none, to kd: mean of the paired differences, 95 % interval"
-    )
+def rich_table(comparison: Mapping[str, Any], *, narrow: bool = False) -> Table:
+    """The table for a terminal.
+
+    Args:
+        comparison: as `compare_runs` gives it.
+        narrow: it is whole at 80 characters: without what the report's own tables have besides.
+    """
+    note = "to none, to kd: mean of the paired differences, 95 % interval"
     columns = _columns(comparison)
+    if narrow:
+        kept = ("method", "to none", "to kd")
+        columns = [
+            (title, cell) for title, cell in columns if title in kept or title.endswith(("last", "best"))
+        ]
+        note += "; weights, speed and memory: table.md"
+    table = Table(title=caption(comparison), caption=note, padding=(0, 1, 0, 0) if narrow else (0, 1))
     for title, _ in columns:
-        table.add_column(title, justify="left" if title == "method" else "right")
+        name = title == "method"
+        table.add_column(
+            title.replace(" ", "\n") if narrow and not name else title,
+            justify="left" if name else "right",
+            overflow="fold" if name else "ellipsis",
+            no_wrap=not name,
+        )
     for method in comparison["methods"]:
-        table.add_row(*(cell(method) for _, cell in columns))
+        cells = [cell(method) for _, cell in columns]
+        table.add_row(*([c.replace(" [", "\n[").replace(" ±", "\n±") for c in cells] if narrow else cells))
     return table
 
 

@@ -1,10 +1,10 @@
 """A finished run's student, measured again: its figures, and where it errs."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class Evaluation:
         summary: of the run.
         words: the overrides that chose the data.
         parts: data and task.
+        recorded: figures that the run wrote down of this student.
         figures: of 0 to 1.
         account: where it errs; None for a task of one's own.
     """
@@ -53,8 +54,14 @@ class Evaluation:
     summary: dict[str, Any]
     words: tuple[str, ...]
     parts: Parts
+    recorded: Mapping[str, float]
     figures: Figures
     account: Account | None
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """All single figures."""
+        return dict(self.figures.scalars) | (self.account.scalars() if self.account else {})
 
     def as_dict(self) -> dict[str, Any]:
         """All figures as plain values."""
@@ -66,11 +73,10 @@ class Evaluation:
             "pictures": len(test),
             "metric": task.metric,
             "metric_label": self.summary["metric_label"],
-            "figures": dict(self.figures.scalars),
-            "recorded": self.summary["last"],
+            "figures": self.scalars,
+            "recorded": dict(self.recorded),
         }
         if self.account is not None:
-            told["figures"] |= self.account.scalars()
             told |= self.account.tables(self.figures)
             told["worst"] = [
                 {"index": worst.index, "picture": name_of(test, worst.index), **worst.facts}
@@ -89,29 +95,31 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
 
     Args:
         path: a run folder.
-        words: `data.root=...` and other `data.` and `task.` keys, `output=FOLDER`, `trainer.threads`, and
-            `trust=true` for a run of code that the run folder names.
+        words: `data.root=...` and other `data.` and `task.` keys, `which=best`, `output=FOLDER`,
+            `trainer.threads`, and `trust=true` for a run of code that the run folder names.
 
     Raises:
         UserError: the folder holds no finished run, its student is damaged, or the data do not fit it.
     """
     from diffkd.report.run_page import write_run_page
 
-    folder, output = RunFolder(path), None
+    folder, output, which = RunFolder(path), None, "last"
     overrides = []
     for word in words:
         if word.startswith("output="):
             output = Path(word.removeprefix("output="))
+        elif word.startswith("which="):
+            which = word.removeprefix("which=")
         elif word.startswith(_KEYS):
             overrides.append(word)
         else:
             raise UserError(
-                f"evaluate takes data.KEY=..., task.KEY=..., trainer.threads=N, output=FOLDER and "
-                f"trust=true, not '{word}'"
+                f"evaluate takes data.KEY=..., task.KEY=..., trainer.threads=N, which=best, "
+                f"output=FOLDER and trust=true, not '{word}'"
             )
-    found = measure(folder, overrides, trust="trust=true" in overrides)
+    found = measure(folder, overrides, trust="trust=true" in overrides, which=which)  # type: ignore[arg-type]
     for name, value in found.figures.scalars.items():
-        recorded = found.summary["last"].get(name)
+        recorded = found.recorded.get(name)
         agrees = "as recorded" if value == recorded else f"recorded: {recorded!r}"
         yield f"{name} {value!r} ({percent(value)}, {agrees})"
     place = output or folder.path / FOLDER
@@ -121,13 +129,20 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
         yield f"page: {write_run_page(folder)}"
 
 
-def measure(folder: RunFolder, words: Sequence[str] = (), *, trust: bool = False) -> Evaluation:
+def measure(
+    folder: RunFolder,
+    words: Sequence[str] = (),
+    *,
+    trust: bool = False,
+    which: Literal["last", "best"] = "last",
+) -> Evaluation:
     """Lets a finished run's student answer for the test data, and keeps an account of its errors.
 
     Args:
         folder: of the run.
         words: overrides of its recipe that choose the data.
         trust: runs the code that the run folder names.
+        which: of its students.
 
     Raises:
         UserError: as in `evaluate_run`.
@@ -138,7 +153,7 @@ def measure(folder: RunFolder, words: Sequence[str] = (), *, trust: bool = False
         raise UserError(damage)
     recipe = load(str(folder.recipe_file), words, trust=trust)
     seed_everything(recipe.seed)  # a teacher with fresh weights is the same again
-    student = load_student(folder.path, trust=trust)
+    student = load_student(folder.path, trust=trust, which=which)
     side = Side(student.config["model"], student.model, student.prepare)
     weights = summary["teacher"]["weights"] if summary["teacher"] else None
     parts = assemble(as_trained(recipe, folder, weights), with_teacher=summary["agreement"], student=side)
@@ -161,7 +176,8 @@ def measure(folder: RunFolder, words: Sequence[str] = (), *, trust: bool = False
             bar.show("", {})
 
         figures = evaluate(side.to(device), parts.task, loader, teacher, show, recipe.trainer.precision)
-    return Evaluation(summary, tuple(words), parts, figures, account)
+    recorded = student.config.get("figures", {})
+    return Evaluation(summary, tuple(words), parts, recorded, figures, account)
 
 
 def write_evaluation(found: Evaluation, place: Path) -> None:

@@ -8,7 +8,7 @@ from diffkd.errors import plain
 from diffkd.report.curves import draw_curves
 from diffkd.report.published import published_line
 from diffkd.report.run_page import finish_page
-from diffkd.report.summary import summary_table
+from diffkd.report.summary import NARROW, summary_table
 from diffkd.runs.folder import RunFolder
 from diffkd.training.control import control_hint, find_control
 from diffkd.training.devices import is_first
@@ -33,7 +33,7 @@ def finish(folder: RunFolder, *, quiet: bool = False) -> None:
     console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 120)
     control = find_control(folder)
     alone = control.read_summary() if control is not None else None
-    console.print(summary_table(summary, alone))
+    console.print(summary_table(summary, alone, narrow=console.width < NARROW))
     hint = control_hint(folder) if alone is None else None
     if alone is not None:
         console.print(plain(_gain(summary, alone)), soft_wrap=True)

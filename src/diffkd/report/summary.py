@@ -2,33 +2,51 @@
 
 from typing import Any
 
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from diffkd.errors import plain
 
+NARROW = 110  # characters of a terminal, below which tables are set for 80
 
-def summary_table(summary: dict[str, Any], alone: dict[str, Any] | None = None) -> Table:
+
+def summary_table(
+    summary: dict[str, Any], alone: dict[str, Any] | None = None, *, narrow: bool = False
+) -> Table:
     """Teacher and student side by side: how good, how large, how fast.
 
     Args:
         summary: of the run.
         alone: of the run of the same student without a teacher.
+        narrow: it is whole at 80 characters: models' names wrap.
     """
-    label = summary["metric_label"]
-    table = Table(title=plain(_title(summary)), caption=plain(_measured(summary)))
-    for column in ("", "model"):
-        table.add_column(column)
-    for column in (f"{label} last", f"{label} best", "parameters", "MACs", "ms/image", "size"):
-        table.add_column(column, justify="right")
+    label, turn = summary["metric_label"], "\n" if narrow else " "
+    table = Table(
+        title=plain(_title(summary)),
+        caption=plain(_measured(summary)),
+        box=SIMPLE_HEAD if narrow else HEAVY_HEAD,
+        padding=(0, 1, 0, 0) if narrow else (0, 1),
+    )
+    table.add_column("", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for column in (
+        f"{label}{turn}last",
+        f"{label}{turn}best",
+        "parameters",
+        "MACs",
+        "ms/image",
+        "size",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     student, teacher, metric = summary["student"], summary["teacher"], summary["metric"]
     if teacher is not None:
         score = percent(teacher[metric]) if metric in teacher else ""
         table.add_row("teacher", plain(teacher["model"]), score, "", *_costs(teacher))
-    for name, run in (("student alone", alone), ("student", summary)):
+    for name, run in ((f"student{turn}alone", alone), ("student", summary)):
         if run is not None:
             axis = run.get("axis", "epoch")
-            best = f"{percent(run['best'][metric])} ({axis} {run['best'][axis]})"
+            best = f"{percent(run['best'][metric])}{turn}({axis} {run['best'][axis]})"
             last = percent(run["last"][metric])
             table.add_row(name, plain(student["model"]), last, best, *_costs(student))
     return table
@@ -36,7 +54,8 @@ def summary_table(summary: dict[str, Any], alone: dict[str, Any] | None = None) 
 
 def _measured(summary: dict[str, Any]) -> str:
     threads = ", one thread" if summary["device"] == "cpu" else ""
-    return f"ms/image: one picture at a time{threads}; {summary['machine']}"
+    on = "validation" if summary.get("chosen_on") == "val" else "test"
+    return f"best: chosen on the {on} data; ms/image: one picture at a time{threads}; {summary['machine']}"
 
 
 def _title(summary: dict[str, Any]) -> str:

@@ -5,11 +5,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffkd.data.base import data_kept
 from diffkd.errors import UserError
 from diffkd.recipe.schema import load
+from diffkd.report.compare import Wanted
+from diffkd.report.compare import compare as run_all
+from diffkd.report.evaluation import FOLDER, measure, write_evaluation
+from diffkd.report.finish import finish
+from diffkd.report.run_page import PAGE
 from diffkd.runs.console import Reporter
+from diffkd.runs.disk import read_json
 from diffkd.runs.folder import History, RunFolder
 from diffkd.training.control import fit_with_control
+from diffkd.use.export import ExportOptions, Format, export
 from diffkd.use.predict import Predicted, predict
 from diffkd.use.student import Student, load_student
 
@@ -58,6 +66,32 @@ class Run:
         """The trained student, ready to answer."""
         return load_student(self.folder, trust=self.trust)
 
+    @property
+    def best_student(self) -> Student:
+        """The student of the best epoch, chosen as `summary["chosen_on"]` says."""
+        return load_student(self.folder, trust=self.trust, which="best")
+
+    @property
+    def page(self) -> Path:
+        """The run's page: curves, where the student errs, what to do next."""
+        return self.folder / PAGE
+
+    def evaluate(self, output: str | Path | None = None, **overrides: Any) -> dict[str, float]:
+        """The student's figures on its test data, or on other data, 0 to 1; as `diffkd evaluate`.
+
+        Args:
+            output: the folder for where it errs; None is `evaluation/` in the run folder.
+            overrides: of the data: `data={"root": "photos"}`.
+        """
+        found = measure(RunFolder(self.folder), list(words(overrides)), trust=self.trust)
+        write_evaluation(found, Path(output) if output else self.folder / FOLDER)
+        return found.scalars
+
+    def export(self, to: Format = "onnx", **options: Any) -> Path:
+        """Writes the student for another runtime, as `diffkd export` does; gives the file."""
+        wanted = ExportOptions(to=to, trust=self.trust, **options)
+        return export(str(self.folder), wanted, say=lambda line: None)
+
     def predict(self, pictures: str | Path | Sequence[str | Path], output: str | None = None) -> Predicted:
         """The student's answers for files, folders or patterns, as `diffkd predict` writes them."""
         words = [pictures] if isinstance(pictures, str | Path) else pictures
@@ -83,13 +117,76 @@ def distill(recipe: str, on_epoch: OnEpoch | None = None, **overrides: Any) -> R
     reporter = Reporter(progress=wanted.trainer.progress)
     if on_epoch is not None:
         reporter.on_row = lambda row: on_epoch(run, row)
-    fit_with_control(wanted, reporter)
+    with data_kept():
+        finish(fit_with_control(wanted, reporter), quiet=True)
     return run
 
 
 def train(recipe: str, on_epoch: OnEpoch | None = None, **overrides: Any) -> Run:
     """Trains a recipe's student alone, as `diffkd train` does; arguments as for `distill`."""
     return distill(recipe, on_epoch, **overrides, method="none", teacher=None)
+
+
+class Comparison:
+    """The folder of a comparison.
+
+    Args:
+        folder: where it is.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def __repr__(self) -> str:
+        return f"Comparison({str(self.folder)!r})"
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """All figures, as in `comparison.json`; scores are shares, differences paired by seed."""
+        return read_json(self.folder / "comparison.json")
+
+    @property
+    def table(self) -> str:
+        """The table in Markdown."""
+        return (self.folder / "table.md").read_text(encoding="utf-8")
+
+    @property
+    def page(self) -> Path:
+        """The report."""
+        return self.folder / "report.html"
+
+    @property
+    def runs(self) -> list[Run]:
+        """All its runs, by the names of their folders."""
+        return [Run(place.parent, trust=True) for place in sorted(self.folder.glob("*/summary.json"))]
+
+
+def compare(
+    recipe: str,
+    methods: Sequence[str] = ("none", "kd", "diffkd"),
+    seeds: int | Sequence[int] = 3,
+    jobs: int = 1,
+    output: str | Path | None = None,
+    **overrides: Any,
+) -> Comparison:
+    """Trains a recipe's student by several methods alike, as `diffkd compare` does.
+
+    Args:
+        recipe: a built-in name, or a YAML file.
+        methods: `none`, names, several joined by `+`.
+        seeds: how many, or which.
+        jobs: runs side by side.
+        output: folder of runs and report; None is a place under `runs/`.
+        overrides: for all runs, as for `distill`.
+
+    Raises:
+        UserError: a method is unknown or cannot serve, or the recipe has no teacher.
+    """
+    # a comma tells seeds from their number, and one that is said twice counts once
+    chosen = str(seeds) if isinstance(seeds, int) else ",".join(map(str, [*seeds, *seeds[-1:]]))
+    own = [f"methods={','.join(methods)}", f"seeds={chosen}", f"jobs={jobs}"]
+    own += [f"output={output}"] if output is not None else []
+    return Comparison(run_all(Wanted.parse(recipe, [*own, *words(overrides)])))
 
 
 def words(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
