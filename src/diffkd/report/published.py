@@ -27,7 +27,7 @@ def published_rows(
     measured = {own: summary["last"][metric]}
     if alone is not None:
         measured.setdefault("none", alone["last"][metric])
-    if summary["teacher"] is not None:
+    if summary["teacher"] is not None and metric in summary["teacher"]:
         measured["teacher"] = summary["teacher"][metric]
     for name in dict.fromkeys([n for n in ("teacher", "none", own) if n in measured] + list(published)):
         found = published.get(name)
