@@ -9,12 +9,13 @@ import torch
 from rich.console import Console
 
 from diffkd import UserError, load_student
-from diffkd.assembly import Side, assemble, evaluate
+from diffkd.assembly import Side, assemble
 from diffkd.recipe.schema import load
 from diffkd.runs import bar as bars
 from diffkd.runs.bar import ProgressBar
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
+from diffkd.training.evaluation import evaluate
 from diffkd.training.fit import fit
 
 WORDS = ["method=none", "teacher=null", "trainer.accelerator=cpu", "trainer.threads=1", "data.batch_size=256"]
