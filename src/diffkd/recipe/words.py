@@ -14,7 +14,7 @@ from diffkd.recipe.reading import parse, parse_texts
 NAMED = {"task": "name", "data": "name", "optimizer": "name", "schedule": "name"}
 NAMED |= {"teacher": "model", "student": "model"}
 _SECTIONS = {*NAMED, "method"}
-_TEXT = {"output", *_SECTIONS, *(f"{section}.{name}" for section, name in NAMED.items())}
+_TEXT = {"output", "data.root", *(f"{section}.{name}" for section, name in NAMED.items())}
 _TEXT |= {f"{side}.weights" for side in ("student", "teacher")}
 _TEXT_OPTIONS = {"dataset", "subset", "train_split", "test_split", "test_folder", "augment"}
 _TEXT_OPTIONS |= {"train_file", "test_file", "path_column", "image_column", "label_column"}
@@ -46,10 +46,10 @@ def parse_override(override: str) -> tuple[str, Any]:
     listed = text.lstrip()[:1] in ("[", "{")
     if key in _TEXT_LISTS and listed:
         return key, _read(key, text, parse_texts)
-    said = key in _TEXT | _TEXT_LISTS or (key.startswith("data.") and key[5:] in _TEXT_OPTIONS)
-    if said and not (key in _SECTIONS and listed):
+    if key in _TEXT | _TEXT_LISTS or (key.startswith("data.") and key[5:] in _TEXT_OPTIONS):
         return key, None if text in ("", "null") else text  # the words are the text
-    return key, _read(key, text, parse) if text else None
+    value = _read(key, text, parse) if text else None
+    return key, text if key in _SECTIONS and isinstance(value, bool) else value
 
 
 def _read(key: str, text: str, read: Callable[[str], Any]) -> Any:
@@ -87,15 +87,15 @@ def _own_option(content: dict[str, Any], keys: list[str]) -> Iterator[tuple[dict
     elif section in ("student", "teacher"):
         holder = part.get("options") if rest[0] == "options" else None
     if isinstance(name, str) and is_path(name) and isinstance(holder, dict):
-        parameter = _parameters(load_object(name)).get(rest[-1])
+        parameter = _parameters(name).get(rest[-1])
         if parameter is not None and parameter.annotation is not parameter.empty:
             yield holder, rest[-1], parameter.annotation
 
 
-def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
     try:
-        return dict(inspect.signature(function, eval_str=True).parameters)
-    except Exception:  # no signature, or types that only its own file knows
+        return dict(inspect.signature(load_object(name), eval_str=True).parameters)
+    except Exception:  # not there, no signature, or types that only its own file knows
         return {}
 
 
