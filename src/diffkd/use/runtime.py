@@ -60,7 +60,7 @@ def write(
                 _write_onnx(module, images, place, dynamic, opset, told)
             elif to == "torchscript":
                 traced = torch.jit.trace(module, images, check_trace=False)  # type: ignore[no-untyped-call]
-                torch.jit.save(traced, place, _extra_files={ABOUT: about})  # type: ignore[no-untyped-call]
+                torch.jit.save(traced, place, _extra_files={ABOUT: about})
             else:
                 program = torch.export.export(module, (images,), dynamic_shapes=(dynamic or None,))
                 with place.open("wb") as file:
