@@ -162,9 +162,9 @@ class Taps:
             return
         chosen = [key for key in entries if request.entry in (None, str(key))]
         if not chosen:
-            known = [str(key) for key in entries]
+            there = [str(key) for key in entries]
             word = request.entry or ""
-            raise UserError(f"tap '{request.name}': the layer gives no such tensor{nearest(word, known)}")
+            raise UserError(f"tap '{request.name}': the layer gives no such tensor{nearest(word, there)}")
         for key in chosen:
             yield (request.name if request.entry is not None else f"{request.path}[{key}]"), key, entries[key]
 

@@ -30,13 +30,13 @@ def label_metrics(count: int) -> MetricCollection:
     )
 
 
-class _Precision(MultilabelAveragePrecision):  # type: ignore[misc]
+class _Precision(MultilabelAveragePrecision):
     """Average precision of each class `(K,)`, NaN where no picture shows it."""
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of classes without a picture: they are NaN, and left out
-            found: Tensor = super().compute()
+            found = super().compute()
         shown = dim_zero_cat(self.target).sum(0) > 0
         return found.masked_fill(~shown, float("nan"))
 
@@ -44,5 +44,5 @@ class _Precision(MultilabelAveragePrecision):  # type: ignore[misc]
 class _MeanPrecision(_Precision):
     """Its mean over the classes that pictures show."""
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
         return super().compute().nanmean()

@@ -181,7 +181,8 @@ def told_classes(source: str | Path) -> tuple[str, ...]:
     except (OSError, ValueError, UserError):
         told = {}
     if isinstance(told, dict):
-        inner = told.get("pretrained_cfg") if isinstance(told.get("pretrained_cfg"), dict) else {}
+        published = told.get("pretrained_cfg")
+        inner = published if isinstance(published, dict) else {}
         labels = told.get("id2label")
         for names in (told.get("class_names"), told.get("label_names"), inner.get("label_names")):
             if isinstance(names, list) and names:

@@ -60,7 +60,7 @@ def between(lines: Sequence[str]) -> str:
     (';', ',')
     """
     filled = [line for line in lines if line.strip()]
-    counts = {
+    counts: dict[str, set[int]] = {
         mark: {len(row) for row in csv.reader(filled, delimiter=mark) if row} for mark in (*_BETWEEN, " ")
     }
     even = [mark for mark, found in counts.items() if len(found) == 1 and max(found) > 1]

@@ -197,7 +197,7 @@ class TrainerRecipe(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     compile: bool = False
     log_every: Count = 10
-    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"])
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]  # noqa: RUF012 (pydantic copies it)
     save_every: Count | None = None
     keep: Literal["last", "all"] = "last"
     patience: Count | None = None

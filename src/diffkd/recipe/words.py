@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -81,7 +81,7 @@ def _own_option(content: dict[str, Any], keys: list[str]) -> Iterator[tuple[dict
     part = content.get(section)
     if not isinstance(part, dict) or not rest:
         return
-    name, holder = part.get(NAMED.get(section, "")), part
+    name, holder = part.get(NAMED.get(section, "")), cast("dict[str, Any] | None", part)
     if section == "method":
         name, holder = rest[0], part.get(rest[0])
     elif section in ("student", "teacher"):

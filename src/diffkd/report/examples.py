@@ -113,7 +113,7 @@ def _segmentation(scenes: _Scenes, summaries: Sequence[tuple[str, Mapping[str, A
     colours = np.full((256, 3), _VOID, np.uint8)
     colours[: len(scenes.names)] = palette(len(scenes.names)).numpy()
     answered = [scores.argmax(0) for given in scenes.answers.values() for scores in given]
-    seen = torch.cat([labels.flatten() for labels in (*scenes.targets, *answered)]).unique().tolist()
+    seen = sorted({k for labels in (*scenes.targets, *answered) for k in labels.flatten().tolist()})
     yield _legend({scenes.names[k] if k < len(scenes.names) else "void": colours[k] for k in seen})
     for i, image in enumerate(map(_pixels, scenes.images)):
         answers = {label: given[i].argmax(0) for label, given in scenes.answers.items()}

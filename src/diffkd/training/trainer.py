@@ -100,7 +100,7 @@ class Trainer:
             as_channels_last(step, *beside)
         if recipe.trainer.compile:
             # A model runs with the taps' hooks in training and without them else: two graphs.
-            torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[attr-defined]
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
             for module in (parts.student.model, self.distiller.teacher, *self.distiller.methods.values()):
                 if module is not None:
                     module.compile()
