@@ -81,10 +81,9 @@ class Parts:
             batch_size or (self.recipe.data.batch_size if shuffle else size),
             shuffle=shuffle,
             seed=self.recipe.seed,
-            workers=self.recipe.data.workers,
             collate=self.data.collate,
             finish=self._mix() if shuffle else None,
-            **where,
+            **{"workers": self.recipe.data.workers, **where},
         )
 
     def _mix(self) -> Callable[[Batch, torch.Generator], Batch] | None:
@@ -101,7 +100,7 @@ class Parts:
     def sample(self, size: int, device: torch.device | None = None) -> Batch:
         """The first test samples as one batch."""
         count = min(size, len(self.data.test))
-        rows = self.loader(self.data.test, shuffle=False, batch_size=count, device=device)
+        rows = self.loader(self.data.test, shuffle=False, batch_size=count, device=device, workers=0)
         return self.task.sample(next(iter(rows.epoch())))
 
     def first_targets(self, split: Split) -> Any:
@@ -152,10 +151,11 @@ class Parts:
         """
         if self.teacher is None:
             return False
+        output = _answers("teacher", self.teacher, self.task, self.sample(2))
         try:
-            _check_answers("teacher", self.teacher, self.task, self.sample(2))
+            self.task.check_output(output, f"teacher '{self.teacher.name}'")
         except UserError:
-            if self._asks_for_answers():
+            if self._asks_for_answers() or models.from_classifier(output, self.teacher.model):
                 raise
             self.teacher.notes.append("it gives no class scores: its features alone teach")
             return False
@@ -173,7 +173,9 @@ class Parts:
     def distiller(self, sample: Batch) -> tuple[Distiller, list[str]]:
         """The distiller of the recipe's methods, and what it has to say of its taps."""
         methods = {name: m.choice for name, m in self.recipe.method.items()}
-        scores = self.task.logits if self.teacher_answers or not methods else ()
+        scores = self.task.logits
+        if scores and methods and not self.teacher_answers:
+            scores = ()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             distiller = Distiller(
@@ -355,17 +357,19 @@ def check_outputs(parts: Parts, sample: Batch) -> None:
         UserError: an output or the targets do not fit the task.
     """
     parts.task.check_data(parts.first_targets)
-    _check_answers("student", parts.student, parts.task, sample)
+    parts.task.check_output(
+        _answers("student", parts.student, parts.task, sample), f"student '{parts.student.name}'"
+    )
     _ = parts.teacher_answers
 
 
-def _check_answers(what: str, side: Side, task: Task, sample: Batch) -> None:
-    """Runs a model once; UserError where its answers are not the task's."""
+def _answers(what: str, side: Side, task: Task, sample: Batch) -> Any:
+    """What a model gives, run once; UserError where it cannot take such pictures."""
     training = side.model.training
     side.model.eval()
     try:
         with torch.no_grad():
-            output = side.forward(task, sample)
+            return side.forward(task, sample)
     except UserError:
         raise
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -374,4 +378,3 @@ def _check_answers(what: str, side: Side, task: Task, sample: Batch) -> None:
         raise UserError(f"{what} '{side.name}' cannot take pictures of {size}: {first}") from error
     finally:
         side.model.train(training)
-    task.check_output(output, f"{what} '{side.name}'")

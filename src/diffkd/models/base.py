@@ -194,11 +194,26 @@ def takes_grey(model: nn.Module) -> bool:
     return next(found, None) == 1
 
 
+def from_classifier(output: Any, model: nn.Module) -> bool:
+    """Whether an output `(B, K)` is as wide as a last linear layer that changes the width, as classifiers do.
+
+    >>> from_classifier(torch.rand(2, 7), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 7)))
+    True
+    >>> from_classifier(torch.rand(2, 32), nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32)))
+    False
+    """
+    layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    last = layers[-1] if layers else None
+    if not isinstance(output, Tensor) or output.dim() != 2 or not isinstance(last, nn.Linear):
+        return False
+    return output.shape[1] == last.out_features != last.in_features
+
+
 def grey_value(values: Sequence[float]) -> tuple[float, ...]:
     """A colour's mean or deviation as that of its grey.
 
-    >>> grey_value((0.5, 0.5, 0.5))
-    (0.5,)
+    >>> [round(value, 3) for value in grey_value((0.5, 0.5, 0.5))]
+    [0.5]
     """
     return (sum(share * value for share, value in zip(_LUMA, values, strict=True)),)
 

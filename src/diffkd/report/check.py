@@ -45,7 +45,7 @@ def check_recipe(recipe: Recipe, *, decode: bool = False) -> None:
     step = parts.step(distiller)
     groups = parameter_groups(recipe.optimizer, step)  # PyTorch's optimizers take seconds to import
     few = min(recipe.data.batch_size, FEW)
-    batch = next(iter(parts.loader(parts.data.train, shuffle=True, batch_size=few).epoch()))
+    batch = next(iter(parts.loader(parts.data.train, shuffle=True, batch_size=few, workers=0).epoch()))
     step.train()
     distiller.expect(0)  # no warm-up: what pulls later pulls now
     saved = SavedBytes()
@@ -82,7 +82,7 @@ def _suspected(parts: Parts) -> Iterator[str]:
         return
     test = parts.data.test
     chosen = part_of(test, spread(classes_in(test), len(test), SEEN), training=False)
-    sample = next(iter(parts.loader(chosen, shuffle=False, batch_size=len(chosen)).epoch()))
+    sample = next(iter(parts.loader(chosen, shuffle=False, batch_size=len(chosen), workers=0).epoch()))
     with torch.no_grad():
         scores = parts.teacher.forward(parts.task, sample)
     # what is trained first cannot be right yet

@@ -176,6 +176,7 @@ def measure(
             bar.show("", {})
 
         figures = evaluate(side.to(device), parts.task, loader, teacher, show, recipe.trainer.precision)
+    loader.close()
     recorded = student.config.get("figures", {})
     return Evaluation(summary, tuple(words), parts, recorded, figures, account)
 

@@ -80,7 +80,7 @@ def _first_scenes(runs: Runs, teacher_weights: str | None) -> _Scenes:
         parts = assemble(
             recipe, with_teacher=not teacher and recipe.teacher is not None and bool(recipe.method)
         )
-        batch = next(iter(parts.loader(parts.data.test, shuffle=False, batch_size=SCENES).epoch()))
+        batch = next(iter(parts.loader(parts.data.test, shuffle=False, batch_size=SCENES, workers=0).epoch()))
         for place, side in ((found.answers, parts.student), (teacher, parts.teacher)):
             if side is not None:
                 side.model.eval()

@@ -41,8 +41,9 @@ def evaluate(
     for model, _ in modes:
         model.eval()
     metrics = task.metrics().to(loader.device)
-    for metric in metrics.values(copy_state=False):
-        metric.sync_on_compute = loader.world_size > 1  # else this process has seen all there is
+    if loader.world_size == 1:  # this process sees all there is: it waits for no other
+        for metric in metrics.values(copy_state=False):
+            metric.distributed_available_fn = bool
     reduced = _REDUCED.get(precision) if task.half else None
     for batch in loader.epoch():
         with torch.autocast(loader.device.type, reduced, enabled=reduced is not None):

@@ -40,8 +40,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 def fitted(text: str, size: int, room: float) -> str:
     """A text cut to a width in pixels.
 
-    >>> fitted("a long name", 12, 60), fitted("short", 12, 60)
-    ('a long n…', 'short')
+    >>> fitted("a long name", 12, 60)[-1], fitted("short", 12, 60)
+    ('…', 'short')
     """
     if font(size).getlength(text) <= room:
         return text
