@@ -147,6 +147,8 @@ def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):
     page = (tmp_path / "run/denoising/index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert Image.open(tmp_path / "run/denoising/000-a.png").size[0] > 400
+    assert diffkd("visualize", "run", pictures / "a.png", "output=seen/here")[0] == 0
+    assert (tmp_path / "seen/here/index.html").is_file()
     assert diffkd("train", "tiny.yaml", "output=alone")[0] == 0
     status, _, err = diffkd("visualize", "alone", pictures)
     assert (status, err.count("\n"), "had no teacher" in err) == (2, 1, True)

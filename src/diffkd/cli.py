@@ -134,7 +134,8 @@ def export(
 def visualize(
     run: RunFolderName,
     pictures: Annotated[
-        list[str], typer.Argument(metavar="PICTURES... [trust=true]", help="Files or folders.")
+        list[str],
+        typer.Argument(metavar="PICTURES... [output=FOLDER] [trust=true]", help="Files, folders, patterns."),
     ],
 ) -> None:
     """Show the denoising: the student's feature before, on its way and after, and the teacher's."""

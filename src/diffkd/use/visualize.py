@@ -27,14 +27,15 @@ from diffkd.use.trained import rebuild
 def visualize(
     run: str, words: Sequence[str], say: Callable[[str], None] = print
 ) -> tuple[Path, tuple[str, ...]]:
-    """Writes `denoising/` in the run folder: a PNG for each picture, and one page with all of them.
+    """Writes `denoising/` in the run folder, or `output`: a PNG for each picture, and a page with them all.
 
     Of every tapped map, the top row shows how strong the feature is (mean of its channels' sizes), the
     lower one its three main directions as red, green and blue, found on the teacher's feature.
 
     Args:
         run: the folder of a finished run with method diffkd.
-        words: files, folders, patterns, and `trust=true` for a run of code that the run folder names.
+        words: files, folders, patterns, `output=FOLDER`, and `trust=true` for a run of code that the run
+            folder names.
         say: is told where the page is.
 
     Returns:
@@ -44,7 +45,8 @@ def visualize(
         UserError: the run did not use DiffKD on a map, or there is no picture that can be read.
     """
     words, trust = told_trust(words)
-    places = find_pictures(words)
+    outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
+    places = find_pictures([word for word in words if not word.startswith("output=")])
     parts, distiller = rebuild(run, trust=trust)
     method = next((m for m in distiller.methods.values() if isinstance(m, DiffKDMethod)), None)
     if method is None:
@@ -53,7 +55,7 @@ def visualize(
     maps = {name: diffkd for name, diffkd in taps.items() if diffkd.spatial_dims == 2}
     if not maps:
         raise UserError(f"the run in '{run}' denoised no feature map, and vectors are no pictures")
-    student, folder = load_student(run, trust=trust), Path(run) / "denoising"
+    student, folder = load_student(run, trust=trust), Path(outputs[-1] if outputs else f"{run}/denoising")
     shown: list[tuple[Path, bytes]] = []
     unreadable: list[str] = []
     for number, place in enumerate(places):
@@ -63,7 +65,7 @@ def visualize(
             unreadable.append(str(error))
             continue
         drawn = _draw(image, _ways(image, parts, distiller, maps))
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{number:03d}-{place.stem}.png"
         write_atomically(file, lambda partial, drawn=drawn: partial.write_bytes(drawn))  # type: ignore[misc]
         shown.append((place, drawn))
