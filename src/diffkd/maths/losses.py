@@ -27,6 +27,16 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     return (logits - logits.mean(1, keepdim=True)) / (eps + logits.std(1, keepdim=True))
 
 
+def usual_temperature(per_position: bool) -> float:
+    """Of class scores where nobody names one: 1 where every position has its own, as dense prediction is
+    published, else 4, as classification is.
+
+    >>> usual_temperature(per_position=False), usual_temperature(per_position=True)
+    (4.0, 1.0)
+    """
+    return 1.0 if per_position else 4.0
+
+
 def kl_divergence(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None
 ) -> Tensor:

@@ -6,10 +6,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffkd.errors import UserError, nearest
+from diffkd.maths.losses import usual_temperature
 
 PresetName = Literal["robust", "paper"]
 DISTANCES = ("mse", "kl")
-PER_POSITION = "kl per position"
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,17 @@ _ROBUST = Settings(
     time_code=False,
 )
 PRESETS: dict[str, dict[str, Settings]] = {
-    "paper": dict.fromkeys((*DISTANCES, PER_POSITION), _PAPER),
+    "paper": dict.fromkeys(DISTANCES, _PAPER),
     # Through a denoiser that learns along, class scores teach too little, or nothing.
-    "robust": {
-        "mse": _ROBUST,
-        "kl": Settings(denoise=False, temperature=4.0),
-        PER_POSITION: Settings(denoise=False, temperature=1.0),
-    },
+    "robust": {"mse": _ROBUST, "kl": Settings(denoise=False)},
 }
 
 
 def settings(preset: str, distance: str, per_position: bool = False, **chosen: Any) -> Settings:
     """A preset's settings with those that the user named; None leaves one to the preset.
+
+    What is compared as it is, not denoised, has the usual temperature of class scores, by whether every
+    position has its own (`per_position`).
 
     Raises:
         UserError: a name is unknown or a value impossible.
@@ -91,10 +90,10 @@ def settings(preset: str, distance: str, per_position: bool = False, **chosen: A
         if name not in known:
             raise UserError(f"unknown {what} '{name}'{nearest(name, tuple(known))}")
     named = {key: value for key, value in chosen.items() if value is not None}
-    usual = PRESETS[preset][PER_POSITION if per_position and distance == "kl" else distance]
-    found = replace(usual, **named)
-    if not found.denoise:  # there is no way that would have to learn first
-        found = replace(found, warmup=0.0, fade=False)
+    found = replace(PRESETS[preset][distance], **named)
+    if not found.denoise:  # plain distillation: no way that would have to learn first
+        temperature = named.get("temperature", usual_temperature(per_position))
+        found = replace(found, temperature=temperature, warmup=0.0, fade=False)
     if found.temperature <= 0:
         raise UserError(f"temperature={found.temperature}: needs more than 0")
     if found.num_steps < 1:

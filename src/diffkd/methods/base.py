@@ -14,7 +14,7 @@ from diffkd.features.maps import matched
 from diffkd.features.pairs import Feature as Feature
 from diffkd.features.pairs import Pair as Pair
 from diffkd.maths.layers import conv
-from diffkd.maths.losses import check_classes, check_positive, precise, squared_error
+from diffkd.maths.losses import check_classes, check_positive, precise, squared_error, usual_temperature
 from diffkd.names import load_class
 
 
@@ -210,7 +210,7 @@ def needed_logits(setup: Setup, method: str, *, standardized: bool = False) -> t
 
 
 def temperature_for(pair: Pair, chosen: float | None) -> float:
-    """The temperature of a pair's class scores, or the usual one: 4, or 1 for scores per position.
+    """The temperature of a pair's class scores, or the usual one where none was chosen.
 
     Raises:
         UserError: the chosen one is not above 0.
@@ -218,7 +218,7 @@ def temperature_for(pair: Pair, chosen: float | None) -> float:
     if chosen is not None:
         check_positive(temperature=chosen)
         return chosen
-    return 4.0 if pair.student.spatial_dims == 0 else 1.0
+    return usual_temperature(per_position=pair.student.spatial_dims > 0)
 
 
 def warn_of_two_classes(pairs: Sequence[Pair], loss: str) -> None:
