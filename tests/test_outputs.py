@@ -148,6 +148,22 @@ def test_a_model_without_class_scores_is_refused(nets, diffkd, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_model_that_refuses_pictures_without_a_word_is_one_line(nets, tiny, diffkd, tmp_path):
+    (tmp_path / "mute.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def forward(self, images):\n"
+        "        assert images.shape[-1] == 9\n"
+        "def net(num_classes): return Net(9, num_classes)\n"
+    )
+    status, _, err = diffkd("train", "tiny.yaml", "student=mute.py:net", "output=b")
+    assert (status, err) == (
+        2,
+        "error: student 'mute.py:net' cannot take pictures of (1, 8, 8): AssertionError\n",
+    )
+    assert not (tmp_path / "b").exists()
+
+
 def test_in_ones_own_loop_a_tuple_in_training_is_its_first_entry():
     class Two(nn.Module):
         def __init__(self):

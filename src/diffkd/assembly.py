@@ -13,7 +13,7 @@ from diffkd import __version__
 from diffkd.batch import Batch
 from diffkd.data.base import Data, Loader, Split
 from diffkd.distiller import Distiller
-from diffkd.errors import UserError
+from diffkd.errors import UserError, first_line
 from diffkd.methods.base import method_class
 from diffkd.models import base as models
 from diffkd.models.freeze import freeze
@@ -374,7 +374,7 @@ def _answers(what: str, side: Side, task: Task, sample: Batch) -> Any:
         raise
     except (RuntimeError, ValueError, AssertionError) as error:
         size = tuple(sample.images[0].shape)
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise UserError(f"{what} '{side.name}' cannot take pictures of {size}: {first}") from error
     finally:
         side.model.train(training)

@@ -51,14 +51,23 @@ def plain(text: str, most: int = 4000) -> str:
     return shown if len(shown) <= most else f"{shown[:most]} ... ({len(shown) - most:,} more characters)"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing.
+
+    >>> first_line(ValueError(" no such size ")), first_line(AssertionError())
+    ('no such size', 'AssertionError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def told(error: Exception) -> str:
     """What an error of code that a user wrote says, in one line, and where in that code it came up.
 
     >>> told(ValueError("no such scan"))
     'ValueError: no such scan'
     """
-    first = (str(error).strip().splitlines() or [""])[0]
-    said = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    kind, first = type(error).__name__, first_line(error)
+    said = kind if first == kind else f"{kind}: {first}"
     own = [f for f in traceback.extract_tb(error.__traceback__) if not _installed(f.filename)]
     return said + (f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else "")
 

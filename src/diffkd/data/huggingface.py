@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from diffkd.data.base import Data, of_pictures
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Item, Source, held_out
 from diffkd.pictures.options import class_count, class_notes, spread
@@ -95,7 +95,7 @@ def _load(name: str, subset: str | None, keep_in: str | None) -> Mapping[str, An
     try:
         return library.load_dataset(name, subset, cache_dir=keep_in)  # type: ignore[no-any-return]
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"data set '{name}' cannot be loaded: {reason}") from error
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torchvision import datasets
 
 from diffkd.data.base import Data, of_pictures
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Item, Source, held_out
 from diffkd.pictures.options import class_count, data_folder, spread
@@ -91,7 +91,7 @@ class _Pictures:
         try:
             self.dataset = kind(str(folder), **chosen)
         except Exception as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             raise UserError(f"data set '{self.name}' cannot be read from '{folder}': {reason}") from error
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 from diffkd.models.weights import load_backbone
 
 STRIDES = (4, 8, 16, 32)  # of a backbone's maps that pyramids are built on: P2 to P5
@@ -63,7 +63,7 @@ def build(name: str, *, num_classes: int, image_size: tuple[int, ...], **options
             name, weights=None, weights_backbone=None, num_classes=num_classes + 1, **{**fixed, **options}
         )
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"model 'torchvision/{name}' cannot be built: {reason}") from error
     if name.startswith("maskrcnn"):
         for part in ("mask_roi_pool", "mask_head", "mask_predictor"):
@@ -157,7 +157,7 @@ def _body(name: str, first: int, weights: str | None) -> tuple[nn.Module, list[i
             model, features_only=True, out_indices=wanted, pretrained=weights == "pretrained"
         )
     except Exception as error:  # timm raises nearly anything, and so does the way to its hub
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"backbone '{name}' cannot serve a pyramid: {reason}") from error
     if weights not in (None, "pretrained"):
         load_backbone(body, str(weights), name)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 
 # Where each kind gives its levels, one layer each; whether its scores are sigmoids.
 _KINDS = {
@@ -67,7 +67,7 @@ def build(name: str, *, num_classes: int, **options: Any) -> nn.Module:
         plain = type(library.AutoModelForObjectDetection.from_config(config))
         return _detector(plain, *_KINDS[kind])(config)  # type: ignore[no-any-return]
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"model 'transformers/{name}' cannot be built: {reason}") from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 from diffkd.models.base import Wants
 from diffkd.models.weights import load_backbone
 
@@ -55,7 +55,7 @@ def build(
             **options,
         )
     except Exception as error:  # the library raises nearly anything, and so does the way to its hub
-        reason = str(error).strip("'\" \n").partition("\n")[0]
+        reason = first_line(error).strip("'\" ")
         raise UserError(f"model 'smp/{name}' cannot be built: {reason}") from error
     if encoder_weights not in (None, "pretrained"):
         load_backbone(model.get_submodule("encoder"), str(encoder_weights), encoder)

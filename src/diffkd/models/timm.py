@@ -11,7 +11,7 @@ from huggingface_hub import constants as hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 from diffkd.models.base import Wants
 
 
@@ -38,7 +38,7 @@ def build(
     try:
         return timm.create_model(name, **{**sizes, **options})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"model 'timm/{name}' cannot be built: {reason}") from error
 
 
@@ -71,7 +71,7 @@ def state(name: str, weights: str) -> dict[str, Tensor]:
         reason = f"no way to {hub.ENDPOINT}, and they are not in its cache"
         raise UserError(f"weights '{weights}' of 'timm/{name}' cannot be fetched: {reason}") from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"weights '{weights}' of 'timm/{name}' cannot be fetched: {reason}") from error
     return found
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import segmentation
 
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 from diffkd.models import detectors
 from diffkd.models.base import Wants
 from diffkd.models.weights import load_backbone
@@ -47,7 +47,7 @@ def build(
     try:
         return builder(weights=None, num_classes=num_classes, **options)  # type: ignore[no-any-return]
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"model 'torchvision/{name}' cannot be built: {reason}") from error
 
 
@@ -60,7 +60,7 @@ def _segmenter(
     try:
         model: nn.Module = models.get_model_builder(name)(**fixed, **(head | options))
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"model 'torchvision/{name}' cannot be built: {reason}") from error
     if backbone_weights is not None:
         load_backbone(model.get_submodule("backbone"), backbone_weights, name)

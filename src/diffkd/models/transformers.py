@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 from diffkd.models import query_detectors
 from diffkd.models.base import Wants
 
@@ -67,7 +67,7 @@ def build(
             return _semantic(library)(config)
         return library.AutoModelForSemanticSegmentation.from_config(config)  # type: ignore[no-any-return]
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"model 'transformers/{name}' cannot be built: {reason}") from error
 
 

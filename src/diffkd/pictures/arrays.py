@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkd.errors import UserError
+from diffkd.errors import UserError, first_line
 from diffkd.pictures.memory import ArraySplit, hold_out
 from diffkd.pictures.options import class_count, class_notes, data_folder
 
@@ -205,7 +205,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise UserError(f"cannot read '{path}': {reason}") from error
 
 

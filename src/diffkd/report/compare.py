@@ -13,7 +13,7 @@ from rich.console import Console
 
 from diffkd.assembly import assemble, check_outputs
 from diffkd.data.base import data_kept
-from diffkd.errors import UserError
+from diffkd.errors import UserError, first_line
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import MethodRecipe, Recipe, load
 from diffkd.report.comparison import FinishedRun, compare_runs, markdown, rich_table, to_csv
@@ -265,7 +265,7 @@ def _similarity(run: PlannedRun, teacher: str | None, notes: list[str]) -> Simil
     try:
         return similarity(run.folder, teacher)
     except Exception as error:  # the runs are whole: whatever stands in its way, the report is written
-        first = str(error).partition("\n")[0] or type(error).__name__
+        first = first_line(error)
         notes[:] = dict.fromkeys([*notes, f"features are not compared: {first}"])
         return {}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffkd.errors import UserError
+from diffkd.errors import UserError, first_line
 from diffkd.report.comparison import FinishedRun, compare_runs
 from diffkd.report.evaluation import FOLDER, measure, write_evaluation
 from diffkd.report.page import page, text
@@ -30,7 +30,7 @@ def finish_page(folder: RunFolder) -> Path:
     try:
         write_evaluation(measure(folder, trust=True), folder.path / FOLDER)
     except Exception as error:
-        first = str(error).partition("\n")[0] or type(error).__name__
+        first = first_line(error)
         note = f"Where the student errs could not be looked at: {first}"
     return write_run_page(folder, note)
 

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import nn
 
-from diffkd.errors import UserError
+from diffkd.errors import UserError, first_line
 from diffkd.recipe.schema import Recipe
 from diffkd.recipe.training import TrainerRecipe
 
@@ -90,7 +90,7 @@ def in_one_line(recipe: Recipe) -> Iterator[None]:
     except MemoryError as error:
         raise UserError(f"out of memory; {less}") from error
     except RuntimeError as error:
-        line = str(error).splitlines()[0] if str(error) else ""
+        line = first_line(error)
         if "can't allocate memory" in str(error) or "not enough memory" in str(error):
             raise UserError(f"out of memory; {less}") from error
         if line.startswith("DataLoader worker") and "killed" in line:
@@ -134,4 +134,4 @@ def make_fabric(recipe: Recipe) -> Fabric:
             precision=PRECISIONS[wanted.precision],  # type: ignore[arg-type]
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+        raise UserError(f"trainer: {first_line(error)}") from error

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-from diffkd.errors import UserError
+from diffkd.errors import UserError, first_line
 from diffkd.recipe.schema import Recipe
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
@@ -146,7 +146,7 @@ class Loggers:
             try:
                 self.open[name] = KINDS[name](folder.path, recipe, known.get(name))
             except Exception as error:  # of somebody else's client
-                raise UserError(f"trainer.loggers: {name}: {_first_line(error)}") from error
+                raise UserError(f"trainer.loggers: {name}: {first_line(error)}") from error
         names = {name: logger.name for name, logger in self.open.items() if logger.name is not None}
         if names:
             place.write_text(json.dumps({**known, **names}) + "\n", encoding="utf-8")
@@ -165,8 +165,4 @@ class Loggers:
                 act(logger)
             except Exception as error:  # of somebody else's client: no reason to lose a run
                 del self.open[name]
-                self.reporter.warn(f"logger {name} failed, and gets nothing more: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+                self.reporter.warn(f"logger {name} failed, and gets nothing more: {first_line(error)}")
