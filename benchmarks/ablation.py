@@ -2,8 +2,10 @@
 
     python benchmarks/ablation.py digits-8x8 --epochs 20 --seeds 8 kd diffkd diffkd:preset=paper diffkd+kd
     python benchmarks/ablation.py digits --epochs 8 --seeds 8 kd diffkd diffkd:warmup=0.0
+    python benchmarks/ablation.py fashion --root FASHION --epochs 8 kd diffkd diffkd:map.standardize=false
 
-A variant is methods joined by +, each with its weight and options after colons. The student alone is always
+A variant is methods joined by +, each with its weight and options after colons; options that begin with
+`map.` or `scores.` change DiffKD's preset itself, for maps or class scores. The student alone is always
 run. One teacher a setting, its answers computed once for eight augmented views of each training picture, so
 that a run costs little more than the student; one thread. Runs of one seed share the student's first weights,
 the order of the pictures and their views: differences are paired, with 95 % intervals. Test pictures are
@@ -16,8 +18,12 @@ import math
 import platform
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +33,32 @@ from torch import Tensor, nn
 
 from diffkd import Batch
 from diffkd.data.base import builder
+from diffkd.maths import presets
 from diffkd.maths.randomness import seed_everything
-from diffkd.methods.base import Chosen, Feature, Pair, Setup, chosen_methods
+from diffkd.methods.base import Feature, Pair, Setup
+from diffkd.methods.choice import Chosen, chosen_methods
 from diffkd.models.simple import SimpleCNN
 
 VIEWS = 8
-# Data, width of the teacher's first stage and of the student's, epochs of the teacher.
-SETTINGS = {"digits-8x8": ("digits", 16, 3, 60), "digits": ("digit_scenes", 16, 4, 10)}
+
+
+class Kind(NamedTuple):
+    """Where a setting's pictures come from, widths of its networks, and how long its teacher is trained."""
+
+    data: str
+    options: dict[str, Any]
+    teacher: int
+    student: int
+    teacher_epochs: int
+    train: int | None = None  # the first so many pictures of training
+
+
+SETTINGS = {
+    "digits-8x8": Kind("digits", {}, 16, 3, 60),
+    "digits": Kind("digit_scenes", {}, 16, 4, 10),
+    "scenes-32": Kind("digit_scenes", {"size": 32, "train_scenes": 5000}, 32, 4, 12),
+    "fashion": Kind("arrays", {}, 32, 4, 12, 6000),
+}
 
 
 class Setting:
@@ -45,19 +70,20 @@ class Setting:
     """
 
     def __init__(self, name: str, root: str | None) -> None:
-        source, teacher_width, self.width, epochs = SETTINGS[name]
-        data = builder(source)(root)
+        kind = SETTINGS[name]
+        data = builder(kind.data)(root, **kind.options)
+        self.width = kind.student
         self.classes = data.num_classes or 0
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
-        places = torch.arange(len(data.train))
+        places = torch.arange(kind.train or len(data.train))
         views = [data.train.batch(places, seed) for seed in range(VIEWS)]
         test = data.test.batch(torch.arange(len(data.test)), 0)
         self.images = torch.stack([(view.images / 255 - mean) / std for view in views])
         self.labels = views[0].targets
         self.test = (test.images / 255 - mean) / std, test.targets
         seed_everything(12345)
-        teacher = self.network(teacher_width)
-        train(self, teacher, {}, epochs, 12345)
+        teacher = self.network(kind.teacher)
+        train(self, teacher, {}, kind.teacher_epochs, 12345)
         self.accuracy = accuracy(self, teacher)
         with torch.no_grad():
             answers = [answer(teacher, part) for part in self.images.flatten(0, 1).split(500)]
@@ -138,9 +164,24 @@ def parse(variant: str) -> dict[str, Chosen]:
     """`kd:weight=0.5+diffkd:preset=paper:num_steps=3` as methods."""
     words: dict[str, dict] = {}
     for part in variant.split("+"):
-        name, *options = re.split(r":(?=\w+=)", part)
+        name, *options = re.split(r":(?=[\w.]+=)", part)
         words[name] = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in options)}
     return {} if variant == "none" else chosen_methods(words)
+
+
+@contextmanager
+def changed(variant: str) -> Iterator[str]:
+    """What is left of a variant when its options of the preset are in force."""
+    usual = dict(presets.PRESETS["robust"])
+    found = re.findall(r":(map|scores)\.(\w+)=([^:+]+)", variant)
+    try:
+        for which, key, value in found:
+            distance = {"map": "mse", "scores": "kl"}[which]
+            now = presets.PRESETS["robust"][distance]
+            presets.PRESETS["robust"][distance] = replace(now, **{key: yaml.safe_load(value)})
+        yield re.sub(r":(map|scores)\.\w+=[^:+]+", "", variant)
+    finally:
+        presets.PRESETS["robust"].update(usual)
 
 
 def interval(ours: Tensor, theirs: Tensor) -> str:
@@ -176,7 +217,8 @@ def main() -> None:
             if key not in known:
                 seed_everything(seed)
                 student = setting.network(setting.width)
-                train(setting, student, parse(variant), wanted.epochs, seed)
+                with changed(variant) as methods:
+                    train(setting, student, parse(methods), wanted.epochs, seed)
                 known[key] = accuracy(setting, student)
                 names = ("setting", "epochs", "variant", "seed", "top1")
                 with wanted.output.open("a") as file:

@@ -193,3 +193,9 @@ def test_links_to_files_lead_somewhere():
         folder = ROOT if page == "README.md" else ROOT / "docs"
         for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
             assert (folder / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("place", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda place: place.stem)
+def test_what_a_benchmark_imports_is_there(place, monkeypatch):
+    monkeypatch.syspath_prepend(place.parent)  # as running the file does
+    assert callable(runpy.run_path(str(place), run_name="imported")["main"])
