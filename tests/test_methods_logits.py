@@ -10,6 +10,7 @@ import oracle_logits as oracle
 from diffkd import Batch, UserError
 from diffkd.maths.losses import hard_targets
 from diffkd.methods.base import Feature, Pair, Setup, method_class
+from diffkd.methods.choice import chosen_methods
 
 K = 4
 ON_LOGITS = ("kd", "dkd", "dist", "mlkd")
@@ -348,3 +349,20 @@ def test_ofas_own_scores_have_the_heads_eps():
     given = setup(4, features=[((5,), (2,))])
     one = method_class("ofa")(given, eps=1.5)
     assert (one.logits_eps, method_class("ofa")(given).eps) == (1.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "same"),
+    [
+        ("kd", 9.0, {"temperature": 2.0}),
+        ("mlkd", 9.0, {"temperatures": (2.0, 3.0, 2.0, 5.0, 6.0)}),
+        ("dkd", 1.0, {"alpha": 9.0, "beta": 81.0, "temperature": 2.0}),
+    ],
+)
+def test_standardized_scores_weigh_as_published(name, weight, same):
+    assert chosen_methods({name: {"standardize": True}})[name].weight == weight
+    student, teacher = torch.randn(2, 6, 5)
+    batch = Batch(torch.zeros(6, 1), torch.arange(6) % 5)
+    usual, named = (build(name, setup(5), standardize=True, **options) for options in ({}, same))
+    for key, value in named({"output": student}, {"output": teacher}, batch).items():
+        torch.testing.assert_close(usual({"output": student}, {"output": teacher}, batch)[key], value)

@@ -4,7 +4,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from diffkd.features.pairs import Pair as Pair
 from diffkd.maths.layers import conv
 from diffkd.maths.losses import check_classes, check_positive, precise, squared_error, usual_temperature
 from diffkd.names import load_class
+
+STANDARDIZED_TEMPERATURE = 2.0  # of standardized class scores as published (arXiv 2403.01427)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Method(nn.Module, ABC):
         binary: whether it can do with scores of classes that do not exclude one another; where not, it
             gets features alone.
         weight: of all its losses beside the supervised ones, where the user says none: its paper's.
+        standardized_weight: the same with `standardize=True`, where that was published with another.
         search: options worth a choice by trials beside the weight, and between what.
         batch_statistics: whether the teacher's BatchNorm uses each batch's statistics in training.
         figures: scalars worth watching that are not losses (detached), refreshed by `forward`.
@@ -106,12 +109,20 @@ class Method(nn.Module, ABC):
     uses_logits: ClassVar[bool] = True
     binary: ClassVar[bool] = False
     weight: ClassVar[float] = 1.0
+    standardized_weight: ClassVar[float | None] = None
     search: ClassVar[tuple[Range | Choice, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
         self.figures: dict[str, Tensor] = {}
         self.batch_statistics = False
+
+    @classmethod
+    def usual_weight(cls, options: Mapping[str, Any]) -> float:
+        """The weight that its paper gives it with these options."""
+        if options.get("standardize") and cls.standardized_weight is not None:
+            return cls.standardized_weight
+        return cls.weight
 
     @abstractmethod
     def forward(
@@ -209,8 +220,10 @@ def needed_logits(setup: Setup, method: str, *, standardized: bool = False) -> t
     return setup.logits
 
 
-def temperature_for(pair: Pair, chosen: float | None) -> float:
+def temperature_for(pair: Pair, chosen: float | None, *, standardized: bool = False) -> float:
     """The temperature of a pair's class scores, or the usual one where none was chosen.
+
+    Standardized scores are published with half the temperature of others.
 
     Raises:
         UserError: the chosen one is not above 0.
@@ -218,6 +231,8 @@ def temperature_for(pair: Pair, chosen: float | None) -> float:
     if chosen is not None:
         check_positive(temperature=chosen)
         return chosen
+    if standardized:
+        return STANDARDIZED_TEMPERATURE
     return usual_temperature(per_position=pair.student.spatial_dims > 0)
 
 

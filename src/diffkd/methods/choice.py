@@ -145,7 +145,8 @@ class _Configured:
                 raise UserError(
                     f"method '{kind.__name__}' takes no option '{option}'{nearest(option, known)}"
                 )
-        self.stages, self.uses_logits, self.weight = kind.stages, kind.uses_logits, kind.weight
+        self.stages, self.uses_logits = kind.stages, kind.uses_logits
+        self.weight = kind.usual_weight(options)
         self.binary = kind.binary
 
     def __call__(self, setup: Setup) -> Method:

@@ -15,7 +15,14 @@ from diffkd.maths.losses import (
     precise,
     standardize,
 )
-from diffkd.methods.base import Method, Range, Setup, needed_logits, warn_of_two_classes
+from diffkd.methods.base import (
+    STANDARDIZED_TEMPERATURE,
+    Method,
+    Range,
+    Setup,
+    needed_logits,
+    warn_of_two_classes,
+)
 
 
 class DKD(Method):
@@ -39,9 +46,9 @@ class DKD(Method):
 
     Args:
         setup: what the run taps.
-        alpha: weight of the target class's part.
-        beta: weight of the other classes' part.
-        temperature: tau, which the scores are divided by.
+        alpha: weight of the target class's part; None is 1, or 9 for standardized scores.
+        beta: weight of the other classes' part; None is 8, or 81 for standardized scores.
+        temperature: tau, which the scores are divided by; None is 4, or 2 for standardized scores.
         standardize: brings each sample's scores to mean 0 and standard deviation 1 first (Sun et al.,
             CVPR 2024, arXiv 2403.01427).
 
@@ -65,12 +72,17 @@ class DKD(Method):
         self,
         setup: Setup,
         *,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
+        alpha: float | None = None,
+        beta: float | None = None,
+        temperature: float | None = None,
         standardize: bool = False,
     ) -> None:
         super().__init__()
+        usual = (9.0, 81.0, STANDARDIZED_TEMPERATURE) if standardize else (1.0, 8.0, 4.0)
+        alpha, beta, temperature = (
+            published if value is None else value
+            for value, published in zip((alpha, beta, temperature), usual, strict=True)
+        )
         check_not_negative(alpha=alpha, beta=beta)
         check_positive(temperature=temperature)
         self.alpha, self.beta = alpha, beta

@@ -32,10 +32,10 @@ class KD(Method):
 
     Args:
         setup: what the run taps.
-        temperature: tau, which the scores are divided by; None is 4 for one set of scores a sample, and 1
-            for scores per position, as dense prediction is published.
+        temperature: tau, which the scores are divided by; None is 4 for one set of scores a sample, 1
+            for scores per position, as dense prediction is published, and 2 for standardized ones.
         standardize: brings each sample's scores to mean 0 and standard deviation 1 first, so that the
-            student need not match their range.
+            student need not match their range; the weight is 9 where none is given.
 
     Raises:
         UserError: no class scores are tapped, or an option is impossible.
@@ -53,12 +53,15 @@ class KD(Method):
     stages = "none"
     binary = True
     weight = 0.9
+    standardized_weight = 9.0
     search = (Range("temperature", 1.0, 10.0),)
 
     def __init__(self, setup: Setup, *, temperature: float | None = None, standardize: bool = False) -> None:
         super().__init__()
         pairs = needed_logits(setup, "kd", standardized=standardize)
-        self.temperatures = {pair.name: temperature_for(pair, temperature) for pair in pairs}
+        self.temperatures = {
+            pair.name: temperature_for(pair, temperature, standardized=standardize) for pair in pairs
+        }
         if standardize and setup.independent:
             raise UserError("method 'kd': standardize=true compares classes, which task.multi_label does not")
         self.standardize = standardize

@@ -40,9 +40,10 @@ class MLKD(Method):
 
     Args:
         setup: what the run taps.
-        temperatures: tau, one after the other.
+        temperatures: tau, one after the other; None is 2, 3, 4, 5, 6, or 2 in place of 4 for standardized
+            scores.
         standardize: in `instance`, brings each sample's scores to mean 0 and standard deviation 1 first
-            (Sun et al., CVPR 2024, arXiv 2403.01427).
+            (Sun et al., CVPR 2024, arXiv 2403.01427); the weight is 9 where none is given.
 
     Raises:
         UserError: no class scores are tapped, they have spatial axes, or an option is impossible.
@@ -58,15 +59,18 @@ class MLKD(Method):
 
     stages = "none"
     weight = 0.9
+    standardized_weight = 9.0
 
     def __init__(
         self,
         setup: Setup,
         *,
-        temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+        temperatures: Sequence[float] | None = None,
         standardize: bool = False,
     ) -> None:
         super().__init__()
+        if temperatures is None:
+            temperatures = (2.0, 3.0, 2.0 if standardize else 4.0, 5.0, 6.0)
         if not temperatures:
             raise UserError("temperatures=[]: needs at least one")
         for temperature in temperatures:

@@ -289,7 +289,7 @@ def _space(methods: Mapping[str, MethodRecipe], kinds: Any) -> tuple[dict[str, f
     space: dict[str, Any] = {}
     for name, told in methods.items():
         method = method_class(name)
-        weight = method.weight if told.weight is None else told.weight
+        weight = method.usual_weight(told.options) if told.weight is None else told.weight
         if weight != "auto" and weight > 0:
             start[f"{name}.weight"] = float(weight)
             low, high = (_rounded(float(weight) * factor) for factor in (1 / _FARTHEST, _FARTHEST))
