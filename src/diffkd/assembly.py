@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from diffkd.models.measure import Cost, cost, device_of
 from diffkd.models.origin import find_weights
 from diffkd.models.weights import load_state
 from diffkd.pictures.memory import mix_batch
+from diffkd.pictures.unlabelled import joined
 from diffkd.pictures.view import TestView
 from diffkd.recipe.classes import build_data
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
@@ -73,6 +74,12 @@ class Parts:
     student: Side
     teacher: Side | None
 
+    @cached_property
+    def training(self) -> Split:
+        """The samples to train on, those without labels last."""
+        data = self.data
+        return data.train if data.unlabelled is None else joined(data.train, data.unlabelled)
+
     def loader(self, split: Split, *, shuffle: bool, batch_size: int | None = None, **where: Any) -> Loader:
         """A loader of one of the data's splits, as the recipe says."""
         size = self.recipe.data.eval_batch_size or self.recipe.data.batch_size
@@ -83,6 +90,7 @@ class Parts:
             seed=self.recipe.seed,
             collate=self.data.collate,
             finish=self._mix() if shuffle else None,
+            labelled=len(self.data.train) if self.data.unlabelled is not None and shuffle else None,
             **{"workers": self.recipe.data.workers, **where},
         )
 
@@ -94,6 +102,11 @@ class Parts:
         if classes is None or not self.task.mixes:
             raise UserError(
                 "data.mixup and data.cutmix need pictures that have one class each; leave them out"
+            )
+        if self.data.unlabelled is not None:
+            raise UserError(
+                "data.mixup and data.cutmix cannot mix pictures with a label and without; leave them out, or "
+                "data.unlabelled"
             )
         return lambda batch, generator: mix_batch(batch, classes, wanted.mixup, wanted.cutmix, generator)
 
@@ -113,6 +126,9 @@ class Parts:
         """What data and models decided for the user, in lines."""
         yield f"data: {self.data.summary}"
         yield from self.data.notes
+        if self.data.unlabelled is not None:
+            share = len(self.data.train) / len(self.training) * self.recipe.data.batch_size
+            yield f"a batch of {self.recipe.data.batch_size} holds {share:.3g} labelled pictures in the mean"
         meant, recipe = self.recipe.optimizer.lr_batch, self.recipe
         if meant is not None:
             yield (
@@ -189,7 +205,7 @@ class Parts:
                 student_input=self.student.prepare,
                 teacher_input=self.teacher.prepare if self.teacher else None,
                 num_classes=self.data.num_classes,
-                dataset_size=len(self.data.train),
+                dataset_size=len(self.training),
             )
         distiller.at(0.5)  # for trials, in the middle of schedules: what pulls later pulls then, too
         return distiller, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
@@ -245,16 +261,29 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True, student: Side | None 
         UserError: anything that the recipe names does not exist or does not fit.
     """
     check_options(recipe)
-    recipe, data = build_data(recipe)
+    recipe, data = build_data(recipe, unlabelled=with_teacher and bool(recipe.method))
     task = task_class(recipe.task.name)(data, **recipe.task.options)
     if data.class_weights and not task.weighs_classes:
         raise UserError(f"data.class_weights: task '{recipe.task.name}' weighs no classes")
+    data = _with_unlabelled(recipe, data, task)
     student = student or build_side(recipe.student, data, resizes=task.resizes)
     teacher = None
     if with_teacher and recipe.teacher is not None:
         teacher = build_side(recipe.teacher, data, resizes=task.resizes)
         _check_head(recipe, task, teacher)
     return Parts(recipe, data, task, student, teacher)
+
+
+def _with_unlabelled(recipe: Recipe, data: Data, task: Task) -> Data:
+    """The data without unlabelled pictures where nothing learns from them."""
+    if not recipe.method and (data.unlabelled is not None or recipe.data.unlabelled is not None):
+        note = "data.unlabelled serves nothing without a method: left out"
+        return replace(data, unlabelled=None, notes=(*data.notes, note))
+    if data.unlabelled is not None and not task.unlabelled:
+        raise UserError(
+            f"data.unlabelled: task '{recipe.task.name}' needs a target for every picture; leave it out"
+        )
+    return data
 
 
 def _check_head(recipe: Recipe, task: Task, teacher: Side) -> None:

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# The target of a sample without a label among others that have one: of a pixel, of all of a row, or alone.
+UNLABELLED = -1000
+
 
 class Frame(NamedTuple):
     """Where a picture lies in the padded picture of a batch: at its top left.
@@ -28,7 +31,8 @@ class Batch(NamedTuple):
             give.
         targets: what the task's loss and metric compare with: `(B,)` class indices, `(B, K)` class
             probabilities, `(B, H, W)` label maps (void pixels included), a list of dicts of
-            tensors (boxes, labels, masks); None when the images carry no labels.
+            tensors (boxes, labels, masks); None when the images carry no labels, `UNLABELLED` for those
+            that carry none among others.
         indices: `(B,)` int64 positions of the samples in their data set, for methods with a
             memory; None where unknown.
         valid: `(B, H, W)` bool, False where there is nothing to learn from (padding, void pixels), of

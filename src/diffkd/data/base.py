@@ -21,6 +21,7 @@ from diffkd.pictures.loading import Loader as Loader
 from diffkd.pictures.loading import Samples as Samples
 from diffkd.pictures.loading import Split as Split
 from diffkd.pictures.memory import ArraySplit, channel_statistics, some
+from diffkd.pictures.unlabelled import seen_alike, unlabelled_files
 from diffkd.pictures.view import TestView
 
 if TYPE_CHECKING:  # it brings timm and torchvision, which arrays do without
@@ -46,6 +47,8 @@ class Data:
         val: samples to choose on (epochs, settings), seen as test ones are; None where there are none.
         test_held_out: the test split is a part of the training data, for there was no other.
         class_weights: of each class in the loss; empty for 1 each.
+        unlabelled: samples without labels that methods learn from beside `train`, seen as those are: images
+            alone, or with targets of `diffkd.batch.UNLABELLED` throughout; None where there are none.
     """
 
     train: Split
@@ -61,6 +64,7 @@ class Data:
     val: Split | None = None
     test_held_out: bool = False
     class_weights: tuple[float, ...] = ()
+    unlabelled: Split | None = None
 
     def with_validation(self, fraction: float) -> "Data":
         """The same with a share of the training samples (of every class, where known) held out as `val`.
@@ -135,6 +139,16 @@ class Data:
             notes=(*self.notes, f"weights of classes in the loss: {told}"),
         )
 
+    def with_unlabelled(self, folder: str) -> "Data":
+        """The same with all pictures beneath a folder to distil from, whatever is on them.
+
+        Raises:
+            UserError: there are none, or the data set cannot see them as its own.
+        """
+        files, notes = unlabelled_files(folder)
+        notes += shared_files(files, getattr(self.test, "source", None))
+        return replace(self, unlabelled=seen_alike(self.train, files), notes=self.notes + notes)
+
     @property
     def summary(self) -> str:
         """How much there is, in a line.
@@ -143,6 +157,9 @@ class Data:
         '12 classes, 1,800 + 360 pictures'
         """
         classes = "" if self.num_classes is None else f"{self.num_classes} classes, "
+        if self.unlabelled is not None:
+            both = f"{len(self.train):,} labelled + {len(self.unlabelled):,} unlabelled"
+            return f"{classes}{both} + {len(self.test):,} test pictures"
         return f"{classes}{len(self.train):,} + {len(self.test):,} pictures"
 
 
@@ -286,6 +303,7 @@ def build(
     test_on: Literal["test", "val"] = "test",
     limit: float | None = None,
     class_weights: Literal["balanced"] | Sequence[float] | None = None,
+    unlabelled: str | None = None,
 ) -> Data:
     """The data set of a name, a root and options, as `builder` finds it.
 
@@ -298,6 +316,7 @@ def build(
         test_on: "val" puts what is held out, a tenth if not said, in the test split's place.
         limit: how many training samples are used, or their share below 1; None for all.
         class_weights: see `Data.weighted`.
+        unlabelled: see `Data.with_unlabelled`.
 
     Raises:
         UserError: it cannot be built.
@@ -314,7 +333,8 @@ def build(
         data = data.with_validation(val_fraction or VAL_FRACTION)
     data = data.on_validation() if test_on == "val" else data
     data = data if limit is None else data.limited(limit)
-    return data if class_weights is None else data.weighted(class_weights)
+    data = data if class_weights is None else data.weighted(class_weights)
+    return data if unlabelled is None else data.with_unlabelled(unlabelled)
 
 
 def _built(name: str, root: str | None, options: dict[str, Any]) -> Data:

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkd.batch import Batch
+from diffkd.batch import UNLABELLED, Batch
 from diffkd.errors import UserError
 from diffkd.maths.layers import pooled, resize, without_void
 from diffkd.maths.losses import hard_targets
+
+_NO_CLASS = -1
 
 
 def valid_at(valid: Tensor | None, feature: Tensor) -> Tensor | None:
@@ -126,13 +128,16 @@ def class_labels(batch: Batch, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def label_maps(batch: Batch, feature: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The class of each position of a feature `(B, C, *S)`, as in `class_labels`.
+    """The class of each position of a feature `(B, C, *S)`, as in `class_labels`; none where unlabelled.
 
     Raises:
         UserError: the batch carries no label maps.
     """
     if batch.targets is None:
         raise UserError("this method needs label maps; the batch carries no targets")
+    targets = batch.targets
+    if isinstance(targets, Tensor):  # no class scores are at hand to stand for what is missing
+        batch = batch._replace(targets=targets.masked_fill(targets == UNLABELLED, _NO_CLASS))
     return class_labels(batch, feature[:, :1].expand(-1, classes, *feature.shape[2:]))
 
 
@@ -170,7 +175,7 @@ def _framed(batch: Batch) -> Any:
         return targets
     if isinstance(targets, Tensor) and not any(_missing(targets, valid.shape[1:])):
         return targets
-    padded = [F.pad(m, _missing(m, valid.shape[1:]), value=-1) for m in maps]
+    padded = [F.pad(m, _missing(m, valid.shape[1:]), value=_NO_CLASS) for m in maps]
     return torch.stack(padded) if isinstance(targets, list) else padded[0]
 
 

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkd.batch import UNLABELLED
 from diffkd.errors import UserError, kind_of
 
 
@@ -89,7 +91,7 @@ def hard_targets(targets: Any, logits: Tensor, valid: Tensor | None = None) -> t
     Args:
         targets: a batch's: `(B,)` class indices, `(B, *S)` label maps of any size, class
             probabilities of as many axes as the logits, of which the largest counts; None takes the
-            largest of the logits instead.
+            largest of the logits instead, as it does of a sample that is `UNLABELLED` among others.
         logits: `(B, K, *S)`.
         valid: positions that count, `(B, *S)`; None for all.
 
@@ -109,7 +111,7 @@ def hard_targets(targets: Any, logits: Tensor, valid: Tensor | None = None) -> t
     if not isinstance(targets, Tensor):
         raise UserError(f"the batch's targets are {kind_of(targets)}; this method needs class labels")
     if targets.dim() == logits.dim() and targets.shape[1] == logits.shape[1]:
-        targets = targets.argmax(1)
+        targets = targets.argmax(1).masked_fill(targets[:, 0] == UNLABELLED, UNLABELLED)
     if targets.dim() != logits.dim() - 1:
         raise UserError(
             f"targets {tuple(targets.shape)} do not go with class scores {tuple(logits.shape)}; "
@@ -119,6 +121,7 @@ def hard_targets(targets: Any, logits: Tensor, valid: Tensor | None = None) -> t
     if tuple(targets.shape[1:]) != size:
         targets = F.interpolate(targets[:, None].float(), size, mode="nearest-exact")[:, 0]
     labels, last = targets.long(), logits.shape[1] - 1
+    labels = torch.where(labels == UNLABELLED, logits.argmax(1), labels)
     known = (labels >= 0) & (labels <= last)
     return labels.clamp(0, last), known if valid is None else known & valid
 

@@ -154,6 +154,11 @@ class Pictures:
         kept = {"leave_out": True} | kept
         return Pictures(Part(self.source, places), transform, self.max_corrupt, **kept)
 
+    def unlabelled(self, source: Source) -> "Pictures":
+        """Pictures of another source, augmented as these are."""
+        kept: Any = {"at_least": self.at_least, "levels": self.levels, "max_pixels": self.max_pixels}
+        return Pictures(source, self.transform, self.max_corrupt, plain=self.plain, **kept)
+
     def __getitem__(self, index: int) -> Any:
         """One sample.
 
@@ -255,9 +260,9 @@ def one_size(source: Source, limit: int = 32) -> tuple[int, int] | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def shared_files(train: Source, test: Source) -> tuple[str, ...]:
+def shared_files(train: Source, test: Source | None) -> tuple[str, ...]:
     """A note where files to train on and to test on are the same; nothing of what is no file."""
-    if not all(isinstance(source, Files | Part) for source in (train, test)):
+    if not isinstance(train, Files | Part) or not isinstance(test, Files | Part):
         return ()
     return shared_pictures((len(train), partial(_file, train)), (len(test), partial(_file, test)))
 

@@ -62,17 +62,17 @@ def part_of(split: Split, places: np.ndarray, *, training: bool) -> Split:
         places: `(N,)` int64.
         training: augmented; else as a test split shows them, where the split says how.
     """
-    if says_parts(split):
+    if says(split, "part"):
         return split.part(places, training=training)  # type: ignore[union-attr,no-any-return]
     return _SomeBatches(split, places) if isinstance(split, BatchedSplit) else _Some(split, places)
 
 
-def says_parts(split: Split) -> bool:
-    """Whether a split has a `part` of its own: one that it inherits does not know what a subclass adds."""
+def says(split: Split, method: str) -> bool:
+    """Whether a split has a method of its own: one that it inherits does not know what a subclass adds."""
     for kind in type(split).__mro__:
-        if "part" in vars(kind):
+        if method in vars(kind):
             return True
-        if "batch" in vars(kind) or "__getitem__" in vars(kind):
+        if {"batch", "sample", "__getitem__"} & vars(kind).keys():
             return False
     return False
 
@@ -106,7 +106,7 @@ def hold_out_samples(split: Split, fraction: float) -> tuple[Split, Split, tuple
     """
     kept, held = hold_out(len(split), fraction, classes_in(split))
     notes = [f"{len(held)} of {len(split)} training samples held out for validation"]
-    if not says_parts(split):
+    if not says(split, "part"):
         notes.append(
             "the samples held out are seen as in training: a split that has `part(places, training=...)` "
             "says how they are seen without augmentation"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from diffkd.batch import Batch, as_batch, to_device
 from diffkd.errors import UserError, told
 from diffkd.maths.randomness import generators_kept, mix, seed_sample
-from diffkd.pictures.memory import together
+from diffkd.pictures.memory import evenly_labelled, together
 
 
 @runtime_checkable
@@ -65,6 +65,8 @@ class Loader:
             has one batch less.
         finish: what is done to a process's part of every batch last, with a generator (on the CPU) that
             depends on `(seed, epoch, batch)`: mixup, say.
+        labelled: so many samples, the first of the split, carry labels: every batch has its share of them,
+            and every process of the batch's; None does not tell them apart.
         rank, world_size: this process's share: every `world_size`-th sample of every batch.
         workers: loader processes of map-style data sets; batched splits need none.
 
@@ -83,6 +85,7 @@ class Loader:
         device: torch.device | None = None,
         collate: Callable[[list[Any]], Batch] | None = None,
         finish: Callable[[Batch, torch.Generator], Batch] | None = None,
+        labelled: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -92,6 +95,7 @@ class Loader:
         self.split = split.to(self.device) if isinstance(split, BatchedSplit) else split
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.rank, self.world_size, self.finish = rank, world_size, finish
+        self.labelled = labelled
         self._plan = _Plan()
         self._workers: DataLoader[Any] | None = None
         if not isinstance(self.split, BatchedSplit):
@@ -147,6 +151,8 @@ class Loader:
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
             order = together(order, getattr(self.split, "groups", None), self.batch_size)
+            if self.labelled is not None:
+                order = evenly_labelled(order, self.labelled, self.batch_size)
         for batch in range(start, len(self)):
             samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             if len(share := samples[self.rank :: self.world_size]):

@@ -14,11 +14,11 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
-from diffkd.batch import Batch
+from diffkd.batch import UNLABELLED, Batch
 from diffkd.errors import UserError
 from diffkd.pictures.count import Count, Masked, count
 from diffkd.pictures.decoding import decode, loses, opened, unreadable
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, levels_of
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, Source, levels_of
 from diffkd.pictures.joint import VOID, JointOptions, size_of
 from diffkd.pictures.options import quoted
 from diffkd.pictures.scan import Scan
@@ -228,10 +228,46 @@ class MaskedPictures:
         place = self.source.picture(index)
         image = v2.pil_to_tensor(decode(place, str(place), levels=self.levels))
         mask = torch.from_numpy(self.table.labels(self.source.codes(index)))
-        sample = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
-        if self.view is not None:
-            sample = self.view(sample)
-        return sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor).long()
+        return _seen(image, mask, self.view)
+
+    def unlabelled(self, source: Source) -> "Unmasked":
+        """Pictures without masks, changed as these are."""
+        return Unmasked(source, self.view, self.levels)
+
+
+class Unmasked:
+    """Map-style samples of pictures without masks: label maps `(H, W)` of `UNLABELLED`, 255 for padding.
+
+    Args:
+        source: the pictures.
+        view, levels: as in `MaskedPictures`.
+    """
+
+    def __init__(
+        self, source: Source, view: Callable[[Any], Any] | None, levels: tuple[int, int] | None
+    ) -> None:
+        self.source, self.view, self.levels = source, view, levels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One sample.
+
+        Raises:
+            UserError: the picture cannot be read.
+        """
+        name, picture, _ = self.source[index]
+        image = v2.pil_to_tensor(decode(picture, name, levels=self.levels))
+        return _seen(image, torch.full(image.shape[-2:], UNLABELLED), self.view)
+
+
+def _seen(image: Tensor, mask: Tensor, view: Callable[[Any], Any] | None) -> tuple[Tensor, Tensor]:
+    """Picture and mask, changed together."""
+    sample = {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
+    if view is not None:
+        sample = view(sample)
+    return sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor).long()
 
 
 def stack_or_list(samples: list[tuple[Tensor, Tensor]]) -> Batch:

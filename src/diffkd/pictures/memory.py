@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkd.batch import Batch
+from diffkd.batch import UNLABELLED, Batch
 from diffkd.errors import UserError
 from diffkd.maths.randomness import Draws
+from diffkd.pictures.decoding import decode
 
 
 class ArraySplit:
@@ -71,6 +73,39 @@ class ArraySplit:
             found.images = found.images[..., edge : edge + height, edge : edge + width].contiguous()
             found.crop_padding, found.flip, found.cutout = 0, False, 0
         return found
+
+    def unlabelled(self, pictures: Sequence[tuple[str, Any]]) -> "ArraySplit":
+        """Pictures without labels, of the size of these, augmented as these are.
+
+        Args:
+            pictures: what an error calls each, and its file.
+
+        Raises:
+            UserError: one cannot be read, or has another size.
+        """
+        grey, found = self.images.shape[1] == 1, []
+        for name, place in pictures:
+            picture = decode(place, name)
+            if (picture.height, picture.width) != tuple(self.size):
+                ours, theirs = (f"{h}x{w}" for h, w in (self.size, (picture.height, picture.width)))
+                raise UserError(f"'{name}' is {theirs}, but the training pictures are {ours} in memory")
+            values = np.array(picture.convert("L")) if grey else np.array(picture)
+            found.append(torch.from_numpy(values).view(*self.size, -1).permute(2, 0, 1))
+        images = torch.stack(found)
+        images = images.to(self.images.dtype) / 255 if self.images.is_floating_point() else images
+        split = copy.copy(self)
+        split.images = F.pad(images, (self.crop_padding,) * 4) if self.crop_padding else images
+        split.targets = torch.full((len(images),), UNLABELLED)
+        return split
+
+    def joined(self, other: "ArraySplit") -> "ArraySplit":
+        """These samples, then the other's, which is augmented alike."""
+        split = copy.copy(self)
+        assert self.targets is not None
+        assert other.targets is not None
+        split.images = torch.cat([self.images, other.images])
+        split.targets = torch.cat([self.targets, other.targets])
+        return split
 
     def batch(self, indices: Tensor, seed: int) -> Batch:
         """The samples at `indices` `(B,)`; how each is augmented depends on `(seed, index)` alone."""
@@ -211,6 +246,26 @@ def together(order: Tensor, groups: np.ndarray | None, batch_size: int) -> Tenso
             found += waiting.pop(int(groups[index]))
     rest = {index for batch in waiting.values() for index in batch}
     return torch.tensor(found + [index for index in order.tolist() if index in rest])
+
+
+def evenly_labelled(order: Tensor, labelled: int, batch_size: int) -> Tensor:
+    """An order of samples `(N,)` in which every batch has its share of labelled ones, which come first in it.
+
+    Of processes that take every n-th sample of a batch, each has its share of them, too.
+
+    Args:
+        order: the samples, shuffled.
+        labelled: the samples below this are labelled.
+        batch_size: samples of a batch.
+
+    >>> evenly_labelled(torch.tensor([3, 2, 0, 5, 1, 4]), 2, 3).tolist()
+    [0, 3, 2, 1, 5, 4]
+    """
+    known, others = order[order < labelled], order[order >= labelled]
+    turns = [(torch.arange(len(part)) + 0.5) / max(len(part), 1) for part in (known, others)]
+    found = torch.cat([known, others])[torch.cat(turns).argsort(stable=True)]
+    batch = torch.arange(len(found)) // batch_size
+    return found[(2 * batch + (found >= labelled)).argsort(stable=True)]
 
 
 def mix_batch(

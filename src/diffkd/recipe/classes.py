@@ -11,13 +11,17 @@ from diffkd.pictures.progress import bars_shown
 from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe
 
 
-def build_data(recipe: Recipe) -> tuple[Recipe, Data]:
+def build_data(recipe: Recipe, *, unlabelled: bool = True) -> tuple[Recipe, Data]:
     """The data set that a recipe names, and the recipe with the order of classes that its weights say.
+
+    Args:
+        recipe: the run.
+        unlabelled: False leaves out `data.unlabelled`, which need not be there then.
 
     Raises:
         UserError: it cannot be built, or a teacher knows its classes in an order that it cannot be given.
     """
-    data = _built(recipe)
+    data = _built(recipe, unlabelled)
     for section, side, known in _told(recipe):
         if sorted(known) != sorted(data.class_names) or known == data.class_names:
             continue
@@ -26,7 +30,7 @@ def build_data(recipe: Recipe) -> tuple[Recipe, Data]:
         free = "class_order" in options_of(builder(recipe.data.name))
         if free and "class_order" not in recipe.data.options:
             recipe = _in_order(recipe, known)
-            data = _built(recipe)
+            data = _built(recipe, unlabelled)
             note = f"classes are in the order in which {section}.weights know them: {said}"
         elif isinstance(side, TeacherRecipe) and side.train is None:
             way = "leave out data.class_order" if free else "bring the data's classes in that order"
@@ -51,7 +55,7 @@ def _in_order(recipe: Recipe, classes: tuple[str, ...]) -> Recipe:
     return recipe.model_copy(update={"data": type(recipe.data)(**content)})
 
 
-def _built(recipe: Recipe) -> Data:
+def _built(recipe: Recipe, unlabelled: bool) -> Data:
     said = recipe.data
     with bars_shown(recipe.trainer.progress):
         return build(
@@ -62,4 +66,5 @@ def _built(recipe: Recipe) -> Data:
             test_on=said.test_on,
             limit=said.limit,
             class_weights=said.class_weights,
+            unlabelled=said.unlabelled if unlabelled else None,
         )

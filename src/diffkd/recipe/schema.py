@@ -55,6 +55,8 @@ class DataRecipe(OpenSection):
         limit: how many training samples are used, or their share below 1, of every class alike: to try
             whether a run works.
         class_weights: of each class in the loss, in their order; `balanced` makes rare ones count as much.
+        unlabelled: a folder of pictures without labels, which methods learn from beside the training samples.
+            An epoch has all of both; every batch has its share of labelled ones.
         mixup, cutmix: parameters of their Beta distributions; 0 leaves them out. The share and the kind
             are drawn for a batch; each device mixes its own part of it.
     """
@@ -68,6 +70,7 @@ class DataRecipe(OpenSection):
     test_on: Literal["test", "val"] = "test"
     limit: Annotated[float, Field(gt=0, lt=1)] | Count | None = None
     class_weights: list[NotNegative] | Literal["balanced"] | None = None
+    unlabelled: str | None = None
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
 
@@ -228,7 +231,7 @@ class Recipe(Section):
         told = train if train.epochs or train.steps else self.trainer
         trainer = {"epochs": told.epochs, "steps": told.steps, "ema": None}
         trainer |= {"patience": None, "max_minutes": None}  # of the run, not of what many runs share
-        data = {"batch_size": train.batch_size or self.data.batch_size}
+        data = {"batch_size": train.batch_size or self.data.batch_size, "unlabelled": None}
         return self.model_copy(
             update={
                 "teacher": None,
@@ -284,8 +287,9 @@ def load(
     if not all(map(_keeps_published, overrides)):
         content.pop("published", None)
     data = content.get("data")
-    if isinstance(data, dict) and isinstance(data.get("root"), str):
-        data["root"] = os.path.abspath(os.path.expanduser(data["root"]))  # noqa: PTH100, PTH111
+    for key in ("root", "unlabelled"):
+        if isinstance(data, dict) and isinstance(data.get(key), str):
+            data[key] = os.path.abspath(os.path.expanduser(data[key]))  # noqa: PTH100, PTH111
     where = f"recipe '{name}'" if place.is_relative_to(RECIPES) else str(place)
     return _validate(content, f"{where} with the command line" if overrides else where)
 
@@ -365,6 +369,8 @@ def check_options(recipe: Recipe) -> None:
 def _check_labels(recipe: Recipe) -> None:
     if recipe.data.options.get("labels") != "none":
         return
+    if recipe.data.unlabelled is not None:
+        raise UserError("data.labels=none takes no label at all: leave out data.unlabelled")
     if not recipe.method:
         raise UserError("data.labels=none without a method to distil with: there is nothing to learn from")
     if recipe.teacher is not None and recipe.teacher.train is not None:

@@ -14,7 +14,7 @@ from diffkd.recipe.reading import parse, parse_texts
 NAMED = {"task": "name", "data": "name", "optimizer": "name", "schedule": "name"}
 NAMED |= {"teacher": "model", "student": "model"}
 _SECTIONS = {*NAMED, "method"}
-_TEXT = {"output", "data.root", *(f"{section}.{name}" for section, name in NAMED.items())}
+_TEXT = {"output", "data.root", "data.unlabelled", *(f"{section}.{name}" for section, name in NAMED.items())}
 _TEXT |= {f"{side}.weights" for side in ("student", "teacher")}
 _TEXT_OPTIONS = {"dataset", "subset", "train_split", "test_split", "test_folder", "augment"}
 _TEXT_OPTIONS |= {"train_file", "test_file", "path_column", "image_column", "label_column"}

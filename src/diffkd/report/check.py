@@ -45,7 +45,7 @@ def check_recipe(recipe: Recipe, *, decode: bool = False) -> None:
     step = parts.step(distiller)
     groups = parameter_groups(recipe.optimizer, step)  # PyTorch's optimizers take seconds to import
     few = min(recipe.data.batch_size, FEW)
-    batch = next(iter(parts.loader(parts.data.train, shuffle=True, batch_size=few, workers=0).epoch()))
+    batch = next(iter(parts.loader(parts.training, shuffle=True, batch_size=few, workers=0).epoch()))
     step.train()
     distiller.expect(0)  # no warm-up: what pulls later pulls now
     saved = SavedBytes()
@@ -134,9 +134,10 @@ def _unreadable(parts: Parts, decode: bool) -> Iterator[str]:
     Raises:
         UserError: there are more than `data.max_corrupt` of a split.
     """
-    for what, split in (("training", parts.data.train), ("test", parts.data.test)):
+    splits = {"training": parts.data.train, "unlabelled": parts.data.unlabelled, "test": parts.data.test}
+    for what, split in splits.items():
         found = split.unreadable(decoded=decode) if isinstance(split, Pictures) else []
-        if not found:
+        if not found or split is None:
             continue
         told = f"{len(found)} of {len(split)} {what} pictures are unreadable: {'; '.join(found[:5])}"
         told += f" and {len(found) - 5} more" if len(found) > 5 else ""

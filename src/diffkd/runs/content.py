@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffkd.data.base import BatchedSplit, Data
 
+UNLABELLED = "training pictures without labels"
 # Files whose content is looked into; of more, as many are, evenly spread. The sizes of all count.
 MOST_FILES = 20_000
 # Bytes read of all files together, shared out evenly; each file gives its beginning, middle and end.
@@ -27,7 +28,7 @@ _DEPTH = 6
 
 
 def digests(data: Data, root: str | None) -> dict[str, str]:
-    """Digests of the pictures and labels of both splits, and of the classes.
+    """Digests of the pictures and labels of both splits, of the classes, and of pictures without labels.
 
     A split of one's own may say what it holds itself: `fingerprint() -> str`.
 
@@ -42,6 +43,10 @@ def digests(data: Data, root: str | None) -> dict[str, str]:
         content.split(split)
         found[f"{name} pictures"] = content.pictures.hexdigest()
         found[f"{name} labels"] = content.labels.hexdigest()
+    if data.unlabelled is not None:
+        content = _Content(files)
+        content.split(data.unlabelled)
+        found[UNLABELLED] = content.pictures.hexdigest()
     return found
 
 

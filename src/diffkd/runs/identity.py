@@ -24,7 +24,7 @@ Identity = dict[str, dict[str, str]]
 _INDIFFERENT: Any = {
     "output": True,
     "resume": True,
-    "data": {"workers", "eval_batch_size", "root", "max_corrupt"},
+    "data": {"workers", "eval_batch_size", "root", "unlabelled", "max_corrupt"},
     "trainer": {
         *("accelerator", "devices", "num_nodes", "strategy", "threads"),
         *("log_every", "save_every", "keep", "progress", "loggers"),

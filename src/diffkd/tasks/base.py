@@ -88,6 +88,7 @@ class Task(ABC):
             show several classes.
         weighs_classes: its loss weighs classes by `Data.class_weights`.
         mixes: pictures have one class each, so that two can be mixed.
+        unlabelled: its losses leave out targets that are `diffkd.batch.UNLABELLED`.
         half: models may be evaluated in 16 bits where a run trains so: no answer is a coordinate, say.
 
     Args:
@@ -102,6 +103,7 @@ class Task(ABC):
     independent: bool = False
     weighs_classes: ClassVar[bool] = False
     mixes: ClassVar[bool] = True
+    unlabelled: ClassVar[bool] = False
     half: ClassVar[bool] = False
 
     def __init__(self, data: Data) -> None:

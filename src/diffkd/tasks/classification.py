@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.batch import Batch
+from diffkd.batch import UNLABELLED, Batch
 from diffkd.data.base import Data, Split
 from diffkd.errors import UserError
 from diffkd.features.outputs import class_scores
@@ -29,6 +29,7 @@ class Labels(ABC):
         count: K, the number of classes.
         smoothing: share of the target probability spread evenly over all that a target may be.
         weights: of each class in the loss; empty for 1 each.
+        partly: targets may be `UNLABELLED`, which the loss leaves out.
     """
 
     figure: str  # of merit, among those that `metrics` computes
@@ -36,8 +37,10 @@ class Labels(ABC):
     loss_name: str
     wanted: str  # what targets must be
 
-    def __init__(self, count: int, smoothing: float, weights: tuple[float, ...]) -> None:
-        self.count, self.smoothing = count, smoothing
+    def __init__(
+        self, count: int, smoothing: float, weights: tuple[float, ...], partly: bool = False
+    ) -> None:
+        self.count, self.smoothing, self.partly = count, smoothing, partly
         self._weights = torch.tensor(weights) if weights else None
 
     def weights(self, device: torch.device) -> Tensor | None:
@@ -46,9 +49,20 @@ class Labels(ABC):
             self._weights = self._weights.to(device)
         return self._weights
 
+    def loss(self, scores: Tensor, targets: Tensor, known: Tensor) -> Tensor:
+        """Of scores `(B, K)` and usable targets, a scalar; 0 where none is known `(B,)`."""
+        if not self.partly:
+            return self.mean(scores, targets)
+        each, counts = self.each(scores, targets)
+        return each.masked_fill(~known, 0).sum() / counts.masked_fill(~known, 0).sum().clamp(min=1e-6)
+
     @abstractmethod
-    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Of scores `(B, K)` and usable targets, a scalar."""
+    def mean(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Loss of scores `(B, K)` and usable targets, a scalar."""
+
+    @abstractmethod
+    def each(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each picture `(B,)`, and how much each counts in their mean."""
 
     @abstractmethod
     def usable(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,18 +95,31 @@ class OneClass(Labels):
         """Class indices."""
         return f"classification needs class indices (B,), integers of 0 to {self.count - 1}"
 
-    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+    def mean(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy."""
+        return self._cross_entropy(scores, targets, "mean")
+
+    def each(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy; a class index counts as its class weighs, as in PyTorch's own mean."""
+        each = self._cross_entropy(scores, targets, "none")
+        weights = self.weights(scores.device)
+        if weights is None or targets.dim() == 2:
+            return each, torch.ones_like(each)
+        return each, weights[targets.clamp(min=0)]
+
+    def _cross_entropy(self, scores: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        weights = self.weights(scores.device)
         return F.cross_entropy(
-            scores.float(), targets, self.weights(scores.device), label_smoothing=self.smoothing
+            scores.float(), targets, weights, reduction=reduction, label_smoothing=self.smoothing
         )
 
     def usable(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Class indices `(B,)`, those out of range left out; or probabilities `(B, K)`."""
         if targets.dim() == 1:
             values = targets.long()
-            wrong = ((values < 0) | (values >= self.count)) & (values != _LEFT_OUT)
-            return values.masked_fill(wrong, _LEFT_OUT), wrong, values
+            out = (values < 0) | (values >= self.count)
+            wrong = out & (values != _LEFT_OUT)
+            return values.masked_fill(out, _LEFT_OUT), wrong, values
         found = targets.float()
         sums = found.sum(1)
         return found, ~(((sums - 1).abs() < _NEAR) & (found >= 0).all(1)), sums
@@ -160,10 +187,19 @@ class AnyClasses(Labels):
         """Rows of 0 and 1."""
         return f"task.multi_label needs targets (B, {self.count}) of 0 and 1"
 
-    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+    def mean(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Mean over pictures and classes of the binary cross-entropy."""
+        return self._cross_entropy(scores, targets, "mean")
+
+    def each(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Binary cross-entropy, the mean over classes."""
+        each = self._cross_entropy(scores, targets, "none").mean(1)
+        return each, torch.ones_like(each)
+
+    def _cross_entropy(self, scores: Tensor, targets: Tensor, reduction: str) -> Tensor:
         smoothed = targets * (1 - self.smoothing) + self.smoothing / 2
-        return F.binary_cross_entropy_with_logits(scores.float(), smoothed, self.weights(scores.device))
+        weights = self.weights(scores.device)
+        return F.binary_cross_entropy_with_logits(scores.float(), smoothed, weights, reduction=reduction)
 
     def usable(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Shares `(B, K)` of 0 to 1, as mixup makes of 0 and 1; rows with others count as none."""
@@ -199,9 +235,9 @@ class AnyClasses(Labels):
 class Classification(Task):
     """Cross-entropy on logits `(B, K)`; top-1 accuracy, and top-5 where there are more classes.
 
-    Targets are class indices `(B,)` (-100 is left out of the loss), class probabilities `(B, K)` (mixup,
-    cutmix), or None. With `multi_label` they are rows `(B, K)` of 0 and 1, any number of classes for a
-    picture: binary cross-entropy, mean average precision (mAP) and F1 at a probability of one half.
+    Targets are class indices `(B,)` (-100 and `UNLABELLED` are left out of the loss), class probabilities
+    `(B, K)` (mixup, cutmix), or None. With `multi_label` they are rows `(B, K)` of 0 and 1, any number of
+    classes for a picture: binary cross-entropy, mean average precision (mAP) and F1 at one half.
     Models give logits `(B, K)`, an object or dict with `logits`, or a tuple that begins with them; what
     they give of auxiliary heads in training is a loss of its own, `auxiliary`.
 
@@ -219,6 +255,7 @@ class Classification(Task):
     metric = "top1"
     metric_label = "top-1"
     weighs_classes = True
+    unlabelled = True
     half = True
 
     def __init__(
@@ -240,7 +277,7 @@ class Classification(Task):
             raise UserError("the data has 1 class: classification needs 2 at least; name the other one, too")
         self.num_classes, self.independent = data.num_classes, multi_label
         self.labels: Labels = (AnyClasses if multi_label else OneClass)(
-            data.num_classes, label_smoothing, data.class_weights
+            data.num_classes, label_smoothing, data.class_weights, data.unlabelled is not None
         )
         self.metric, self.metric_label = self.labels.figure, self.labels.figure_label
         self.auxiliary_weight = auxiliary_weight
@@ -251,23 +288,29 @@ class Classification(Task):
         if batch.targets is None:
             return {}
         scores, heads = class_scores(output)
-        targets = self._usable(batch.targets)
-        losses = {self.labels.loss_name: self.labels.loss(scores, targets)}
+        targets, known = self._usable(batch.targets)
+        losses = {self.labels.loss_name: self.labels.loss(scores, targets, known)}
         if heads:
             usual = 0.4 if len(heads) == 1 else 0.3
             weight = usual if self.auxiliary_weight is None else self.auxiliary_weight
-            several = torch.stack([self.labels.loss(head, targets) for head in heads])
+            several = torch.stack([self.labels.loss(head, targets, known) for head in heads])
             losses["auxiliary"] = weight * several.sum()
         return losses
 
-    def _usable(self, targets: Tensor) -> Tensor:
-        """Targets that the loss takes; what is wrong is remembered, and the host does not wait."""
+    def _usable(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets that the loss takes, and which of them say something `(B,)`.
+
+        What is wrong is remembered, and the host does not wait.
+        """
         usable, wrong, values = self.labels.usable(targets)
+        first = targets if targets.dim() == 1 else targets[:, 0]
+        missing = first == UNLABELLED
+        wrong = wrong & ~missing
         example = values.detach().float().masked_fill(~wrong, float("-inf")).amax()
         now = torch.stack([wrong.sum().float(), example])
         before = now.new_tensor([0, float("-inf")]) if self._wrong is None else self._wrong
         self._wrong = torch.stack([before[0] + now[0], torch.maximum(before[1], now[1])])
-        return usable
+        return usable, ~(missing | (first == _LEFT_OUT))
 
     def check_seen(self) -> None:
         """Raises UserError where training met targets that are no classes and no probabilities."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from diffkd.batch import Batch
+from diffkd.batch import UNLABELLED, Batch
 from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.features.defaults import LAST_MAP, SCORES
@@ -50,6 +50,7 @@ class Segmentation(Task):
     )
     resizes = False
     mixes = False
+    unlabelled = True
     half = True
 
     def __init__(
@@ -108,6 +109,8 @@ class Segmentation(Task):
         if batch.targets is None:
             return {}
         targets = self._padded(batch.targets, VOID)
+        if self.data.unlabelled is not None:
+            targets = targets.masked_fill(targets == UNLABELLED, VOID)
         losses = {"cross_entropy": _cross_entropy(class_scores(output), targets)}
         auxiliary = output.get("aux") if isinstance(output, Mapping) else None
         if auxiliary is not None:

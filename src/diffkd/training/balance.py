@@ -93,8 +93,10 @@ class Balance:
             assert isinstance(weight, Tensor)
             pull = torch.stack([norms["task"], norms[name]])
             supervised, own = self.fabric.all_reduce(pull, reduce_op="mean")
-            # A method that does not pull yet (a warm-up) says nothing of its weight.
-            found = torch.where(own > 0, weight * SHARE * supervised / own.clamp(min=1e-20), weight)
+            # A method that does not pull yet (a warm-up) says nothing of its weight, nor does a batch
+            # without labels.
+            pulls = (own > 0) & (supervised > 0)
+            found = torch.where(pulls, weight * SHARE * supervised / own.clamp(min=1e-20), weight)
             after = (weight.log() + (found.log() - weight.log()) / count).exp()
             for key in losses:
                 if key.startswith(f"{name}."):

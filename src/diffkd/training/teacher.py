@@ -17,7 +17,7 @@ from diffkd.errors import UserError
 from diffkd.pictures.kept import cache_folder
 from diffkd.recipe.schema import Recipe, load
 from diffkd.runs.console import Reporter
-from diffkd.runs.content import combined
+from diffkd.runs.content import UNLABELLED, combined
 from diffkd.runs.disk import write_atomically
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import Identity, changed, difference, identify, short_name
@@ -51,7 +51,8 @@ def make_teacher(
     wanted = parts.recipe.teacher_recipe()
     start = {"weights": parts.teacher.weights if parts.teacher else None}
     wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update=start)})
-    identity = identify(wanted, parts.content) if fabric.is_global_zero else {}
+    content = {name: digest for name, digest in parts.content.items() if name != UNLABELLED}
+    identity = identify(wanted, content) if fabric.is_global_zero else {}
     place = Path(fabric.broadcast(str(_place(wanted, identity))))
     wanted = wanted.model_copy(update={"output": str(place), "resume": True})
     folder, model = RunFolder(place), wanted.student.model

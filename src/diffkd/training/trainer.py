@@ -75,7 +75,7 @@ class Trainer:
             "rank": fabric.global_rank,
             "world_size": fabric.world_size,
         }
-        self.train_loader = parts.loader(parts.data.train, shuffle=True, **where)
+        self.train_loader = parts.loader(parts.training, shuffle=True, **where)
         self.test_loader = parts.loader(parts.data.test, shuffle=False, **where)
         val, task = parts.data.val, parts.task
         self.val_loader = None if val is None else parts.loader(val, shuffle=False, **where)
