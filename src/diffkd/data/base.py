@@ -188,7 +188,8 @@ def of_pictures(
         class_names: as in `Data`.
         notes: as in `Data`; what is decided here is added.
     """
-    levels, note = options.levels(train)
+    looked = options.look_over(train, test)
+    levels, size = looked.levels, options.kept_size(looked, len(train))
     found = Data(
         *options.splits(train, test, levels),
         num_classes=num_classes,
@@ -196,13 +197,12 @@ def of_pictures(
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         class_names=class_names,
-        view=options.view,
-        notes=notes + note + shared_files(train, test),
+        view=replace(options.view, levels=levels),
+        notes=notes + looked.notes + shared_files(train, test),
         test_held_out=isinstance(train, Part) and isinstance(test, Part) and train.source is test.source,
     )
-    size = options.kept_size(train)
     if size is None:
-        return found
+        return replace(found, notes=found.notes + options.enlarged(looked))
     images, targets = options.read(train, levels)
     mean, std = channel_statistics(images)
     padding = max(min(size) // 8, 1) if options.crop_padding is None else options.crop_padding
@@ -217,7 +217,7 @@ def of_pictures(
         ),
         test=ArraySplit(*options.read(test, levels)),
         image_shape=(3, *size),
-        view=None,
+        view=TestView("resize", size, levels=levels),
         mean=mean,
         std=std,
         notes=found.notes + note,

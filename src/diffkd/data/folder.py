@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 import numpy as np
 
@@ -14,8 +15,7 @@ from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Files, Source, held_out
 from diffkd.pictures.options import class_count, class_notes, data_folder, quoted, same_classes, spread
 from diffkd.pictures.scan import Scan
-
-_TEST_NAMES = ("val", "valid", "validation", "test")
+from diffkd.pictures.splits import find_splits, innermost, inside
 
 
 @spread(PictureOptions)
@@ -36,7 +36,7 @@ def build(
 
     Args:
         root: the folder that holds `train` and one of `val`, `valid`, `validation`, `test` (the first
-            that is there), or the class folders.
+            that is there; `training`, `Train` and the like are understood), or the class folders.
         val_fraction: share of every class to test on where there is no such folder, always the same.
         test_folder: name of the folder to test on, where it is another.
         labels: "none" takes every picture beneath the training folder, whatever the folders' names,
@@ -50,33 +50,39 @@ def build(
         UserError: a folder is missing or cannot be read, a class has no training pictures, or a test
             folder is no class.
     """
-    folder = data_folder(root, "folder")
-    test_place, notes = _find_test(folder, test_folder)
-    place = folder / "train" if (folder / "train").is_dir() else folder
-    if test_place is not None and place == folder:
-        raise UserError(f"'{folder}' has a folder '{test_place.name}' but none named 'train'")
+    folder, notes = innermost(data_folder(root, "folder"))
+    splits = find_splits(folder, test_folder)
+    notes += splits.notes
+    place = folder if splits.train is None else folder / splits.train
+    test_place = None if splits.test is None else folder / splits.test
+    others = set(inside(folder)) - {splits.train, splits.test}
+    if labels == "given" and test_folder is None and others and place != folder and not inside(place):
+        place, test_place = folder, None  # `train` is a class, beside `car` and `ship`
     scans = [Scan(place)]
     classes: tuple[str, ...] = ()
     if labels == "none":
         found = _unlabelled(scans[0])
     else:
-        classes, told = _ordered(scans[0].folders(), class_order, place)
+        folders = _folders(scans[0])
+        classes, told = _ordered(list(folders), class_order, place)
         notes += told
-        found = _labelled(scans[0], classes)
+        found = _labelled(scans[0], classes, folders)
     train: Source = found
     test: Source
     if test_place is None:
         train, test, note = held_out(found, found.targets, val_fraction, str(place))
-        notes += note + (class_notes(len(classes), found.targets, None, classes) if classes else ())
+        notes += note
+        if found.targets is not None:
+            notes += class_notes(len(classes), found.targets, found.targets[test.places], classes)
     else:
         scans.append(Scan(test_place))
-        names = scans[1].folders()
+        folders = _folders(scans[1])
         if classes:
-            same_classes(classes, names, str(test_place))
-        elif names:
-            classes, told = _ordered(names, class_order, test_place)
+            same_classes(classes, list(folders), str(test_place))
+        elif folders:
+            classes, told = _ordered(list(folders), class_order, test_place)
             notes += told
-        test = _labelled(scans[1], classes, names) if classes else _unlabelled(scans[1])
+        test = _labelled(scans[1], classes, folders, all_of_them=False) if classes else _unlabelled(scans[1])
         notes += class_notes(len(classes), found.targets, test.targets, classes) if classes else ()
     return of_pictures(
         options,
@@ -85,20 +91,6 @@ def build(
         num_classes=class_count(num_classes, classes),
         class_names=classes,
         notes=notes + tuple(note for scan in scans for note in scan.notes()),
-    )
-
-
-def _find_test(folder: Path, name: str | None) -> tuple[Path | None, tuple[str, ...]]:
-    """The folder to test on, None if there is none, and a note where there was a choice."""
-    if name is not None:
-        if not (folder / name).is_dir():
-            raise UserError(f"data.test_folder='{name}' is not a folder in '{folder}'")
-        return folder / name, ()
-    found = [name for name in _TEST_NAMES if (folder / name).is_dir()]
-    if len(found) < 2:
-        return (folder / found[0] if found else None), ()
-    return folder / found[0], (
-        f"tested on '{found[0]}', not on {quoted(found[1:])}: data.test_folder chooses",
     )
 
 
@@ -132,28 +124,45 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
 
 
-def _labelled(scan: Scan, classes: tuple[str, ...], there: list[str] | None = None) -> Files:
+def _folders(scan: Scan) -> dict[str, str]:
+    """Class folders by their names, as Unicode composes them.
+
+    Raises:
+        UserError: two are called alike.
+    """
+    found: dict[str, str] = {}
+    for folder in scan.folders():
+        if (name := normalize("NFC", folder)) in found:
+            raise UserError(f"two folders in '{scan.folder}' are called '{name}'; rename one of them")
+        found[name] = folder
+    return found
+
+
+def _labelled(
+    scan: Scan, classes: tuple[str, ...], folders: dict[str, str], all_of_them: bool = True
+) -> Files:
     """Pictures in class folders, however deep in them.
 
     Args:
         scan: of the folder around them.
-        classes: the folders, in the order of the class indices.
-        there: those that are there, where some may be missing or empty.
+        classes: in the order of the class indices.
+        folders: of those classes that are there.
+        all_of_them: whether every class needs a picture.
     """
-    if not classes or there == []:
+    if not folders:
         what = "pictures but no class folders" if scan.pictures() else "no pictures"
         raise UserError(f"'{scan.folder}' holds {what}; give one folder a class, or set data.labels=none")
     counts = []
 
     def paths() -> Iterator[str]:
         for name in classes:
-            inner = scan.pictures(name) if there is None or name in there else []
+            inner = scan.pictures(folders[name]) if name in folders else []
             counts.append(len(inner))
-            yield from (f"{name}/{path}" for path in inner)
+            yield from (f"{folders[name]}/{path}" for path in inner)
 
     files = Files(scan.folder, paths(), None)
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if empty and (there is None or len(empty) == len(classes)):
+    if empty and (all_of_them or len(empty) == len(classes)):
         what = f"the class folder{'s' * (len(empty) > 1)} {quoted(empty)} of '{scan.folder}'"
         raise UserError(f"no pictures in {what}" + "".join(f" ({note})" for note in scan.notes()))
     files.targets = np.repeat(np.arange(len(classes)), counts)

@@ -70,12 +70,13 @@ def build(
     notes: tuple[str, ...] = ()
     if held is None:
         train, test, notes = held_out(found, found.targets, val_fraction, name)
+        seen = None if found.targets is None else found.targets[test.places]
     else:
         test = tested = _Rows(_split(splits, held, name), image, label, f"{name} {held}", first_label)
-        known[tested.name] = tested.targets
+        known[tested.name] = seen = tested.targets
     classes = tuple(getattr(rows.features.get(label), "names", None) or ())
     count = class_count(num_classes, classes, known)
-    notes += class_notes(count, found.targets, known.get(f"{name} {held}"), classes)
+    notes += class_notes(count, found.targets, seen, classes)
     return of_pictures(
         options,
         train,

@@ -11,9 +11,10 @@ from diffkd.pictures.joint import VOID, JointOptions
 from diffkd.pictures.masks import MaskFiles, SomeMasked, masked_splits, pair_up
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.options import data_folder, quoted, spread
+from diffkd.pictures.splits import TEST_NAMES, find_splits, innermost, inside
 from diffkd.pictures.tables import is_colour, named, read_table
 
-_TEST_NAMES = ("val", "valid", "validation", "test")
+_WAY = "data.images and data.masks name the folders of both"
 
 
 @spread(JointOptions)
@@ -31,7 +32,8 @@ def build(
 ) -> Data:
     """Pictures in `images/train/`, masks of the same names in `masks/train/`, tested on `val`.
 
-    Without a folder `train` in them, some of the pictures in `images` and `masks` are held out as test.
+    `train/images/` and `train/masks/` are understood, too. Without a folder `train` in them, some of the
+    pictures in `images` and `masks` are held out as test.
     Masks are grey or palette PNGs whose values are the classes, of 8 or 16 bits, or coloured ones with a
     table of colours. Test pictures keep their size.
 
@@ -52,13 +54,13 @@ def build(
         UserError: a picture or a mask is missing or damaged, sizes differ, or a mask holds a value that
             means nothing; it is named.
     """
-    folder = data_folder(root, "masks")
+    folder, around = innermost(data_folder(root, "masks"))
     names, codes, notes = _classes(classes, folder)
     pair = partial(pair_up, suffix=mask_suffix, coloured=any(map(is_colour, codes or ())))
     train, test, said = _splits(folder, (images, masks), pair, test_folder, val_fraction)
     found = masked_splits(train, test, options, names=names, codes=codes, ignore=ignore_index)
-    split = (folder / images / "train").is_dir()
-    return Data(**found | {"notes": (*said, *notes, *found["notes"]), "test_held_out": not split})
+    told = (*around, *said, *notes, *found["notes"])
+    return Data(**found | {"notes": told, "test_held_out": isinstance(test, SomeMasked)})
 
 
 def _classes(
@@ -83,26 +85,29 @@ def _splits(
     val_fraction: float,
 ) -> tuple[Masked, Masked, tuple[str, ...]]:
     """Training and test pairs, and a note where there was a choice."""
-    pictures, masks = (_needed(folder / kind, kind) for kind in kinds)
-    if not (pictures / "train").is_dir():
-        if test_folder is not None:
-            raise UserError(f"data.test_folder='{test_folder}', but '{pictures}' has no folder 'train'")
+    outside = not any((folder / kind).is_dir() for kind in kinds)
+    pictures = folder if outside else _needed(folder / kinds[0])
+    found = find_splits(pictures, test_folder)
+    if found.train is None:
+        pictures, masks = (_needed(folder / kind) for kind in kinds)
         whole = pair(pictures, masks)
         kept, held = hold_out(len(whole), val_fraction)
         note = f"no test split in '{pictures}': {len(held)} of its {len(whole)} pictures held out as one"
         return SomeMasked(whole, kept), SomeMasked(whole, held), (note,)
-    found = [name for name in _TEST_NAMES if (pictures / name).is_dir()]
-    if not found and test_folder is None:
-        raise UserError(f"'{pictures}' has a folder 'train' but none of {quoted(_TEST_NAMES, 4)}")
-    test = test_folder or found[0]
-    notes: tuple[str, ...] = ()
-    if test_folder is None and len(found) > 1:
-        notes = (f"tested on '{test}', not on {quoted(found[1:])}: data.test_folder chooses",)
-    splits = [pair(_needed(pictures / name, name), _needed(masks / name, name)) for name in ("train", test)]
-    return splits[0], splits[1], notes
+    if found.test is None:
+        raise UserError(f"'{pictures}' has a folder '{found.train}' but none of {quoted(TEST_NAMES, 4)}")
+    places = [
+        [folder / split / kind if outside else _needed(folder / kind) / split for kind in kinds]
+        for split in (found.train, found.test)
+    ]
+    train, test = (pair(*map(_needed, both)) for both in places)
+    return train, test, found.notes
 
 
-def _needed(folder: Path, name: str) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"no folder '{name}' in '{folder.parent}'; data.images and data.masks name the two")
-    return folder
+def _needed(folder: Path) -> Path:
+    """The folder, or the one of other capitals in its place."""
+    beside = inside(folder.parent) if folder.parent.is_dir() else []
+    alike = [there for there in beside if there.lower() == folder.name.lower()]
+    if folder.name not in beside and len(alike) != 1:
+        raise UserError(f"no folder '{folder.name}' in '{folder.parent}'; {_WAY}")
+    return folder if folder.name in beside else folder.with_name(alike[0])

@@ -89,14 +89,15 @@ def build(
     classes, count = _index(tables, num_classes, first_label)
     known = [table.pictures.targets for table in tables]
     notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
-    notes += class_notes(count, known[0], known[1] if len(known) > 1 else None, classes)
     train: Source = tables[0].pictures
     test: Source
     if len(tables) == 1:
         train, test, note = held_out(train, known[0], val_fraction, str(folder))
         notes = note + notes
+        known.append(None if known[0] is None else known[0][test.places])
     else:
         test = tables[1].pictures
+    notes += class_notes(count, known[0], known[1], classes)
     return of_pictures(options, train, test, num_classes=count, class_names=classes, notes=notes)
 
 

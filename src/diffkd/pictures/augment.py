@@ -15,11 +15,13 @@ from torchvision.transforms import v2 as transforms
 
 from diffkd.errors import UserError, nearest
 from diffkd.pictures.decoding import MAX_PIXELS
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, Source, levels_of, one_size
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, Source
+from diffkd.pictures.look import Looked, look_over
 from diffkd.pictures.view import TestView
 
 _LARGEST_SIDE = 16384
 _SMALL, _MOST_KEPT = 64, 2**31  # pixels of a side, bytes in all
+_FAR = 0.6  # of the training size: what is smaller is enlarged to no use
 _NAMED_POLICIES = {"randaugment": "rand-m9-mstd0.5", "autoaugment": "original-mstd0.5"}
 _OWN_POLICIES = ("none", "crop", "light", "trivial")
 _TIMM_POLICY = re.compile(
@@ -49,8 +51,8 @@ class PictureOptions:
         max_corrupt: how many unreadable files of a split are skipped, each with a warning; the next
             one more stops the run.
         max_pixels: larger JPEGs are decoded at a fraction of their size, other formats refused.
-        value_range: values of 16-bit grey pictures that become black and white, where the files do not
-            say their depth; found from the training pictures if not given.
+        value_range: values of 16-bit pictures that become black and white, where the files do not say
+            their depth; found from the training pictures if not given.
 
     Raises:
         UserError: an option is out of its range, or `augment` unknown.
@@ -150,20 +152,32 @@ class PictureOptions:
             Pictures(test, plain, leave_out=True, **common),
         )
 
-    def levels(self, train: Source) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
-        """Black and white of 16-bit grey pictures, and a note where they had to be found out."""
+    def look_over(self, train: Source, test: Source) -> Looked:
+        """What some of the pictures tell of all, with `value_range` where it is said."""
+        found = look_over(train, test)
         if self.value_range is not None:
-            return (self.value_range[0], self.value_range[1]), ()
-        found, notes = levels_of(train)
-        return found, tuple(f"{note}; data.value_range=[0,65535] takes all 16 bits" for note in notes)
+            return found._replace(levels=(self.value_range[0], self.value_range[1]), notes=())
+        way = "data.value_range=[0,65535] takes all 16 bits"
+        return found._replace(notes=tuple(f"{note}; {way}" for note in found.notes))
 
-    def kept_size(self, train: Source) -> tuple[int, int] | None:
-        """Height and width of the pictures where they are to be kept in memory; None where they are not."""
+    def kept_size(self, looked: Looked, count: int) -> tuple[int, int] | None:
+        """Height and width of so many pictures if they are to be kept in memory; else None."""
         plain = self.augment in (None, "crop") and not self.random_erasing
-        size = one_size(train) if self.image_size is None and plain else None
-        if size is None or max(size) > _SMALL or 3 * len(train) * size[0] * size[1] > _MOST_KEPT:
+        size = looked.size if self.image_size is None and plain else None
+        if size is None or max(size) > _SMALL or 3 * count * size[0] * size[1] > _MOST_KEPT:
             return None
         return size
+
+    def enlarged(self, looked: Looked) -> tuple[str, ...]:
+        """A note where pictures are trained on at a size far beyond their own, which nobody asked for."""
+        height, width = looked.typical or (self.size, self.size)
+        if self.image_size is not None or max(height, width) > _FAR * self.size:
+            return ()
+        times = self.size**2 / (height * width)
+        return (
+            f"pictures of about {height}x{width} are enlarged to {self.size}x{self.size}, {times:.0f} times "
+            f"the pixels and the work; data.image_size={max(height, width)} trains at their own size",
+        )
 
     def read(self, source: Source, levels: tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
         """All pictures of a source, `(N, 3, H, W)` uint8, and class indices `(N,)`, None without labels.

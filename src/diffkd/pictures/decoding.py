@@ -1,11 +1,13 @@
 """From a picture file to 8-bit RGB: only the formats that are meant, whatever a file is called."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -37,15 +39,16 @@ def decode(
 ) -> Image.Image:
     """A picture as 8-bit RGB, upright as its EXIF orientation says; of an animation the first frame.
 
-    Grey, palette and CMYK pictures are converted, transparency is dropped, 16-bit grey is scaled
-    to 8 bits: by the bit depth that the file says, else by `levels`, else as 16 bits.
+    Grey, palette and CMYK pictures are converted, transparency is dropped, what has 16 bits a channel is
+    scaled to 8: by the bit depth that the file says, else by `levels`, else by the bits that its largest
+    value takes.
 
     Args:
         picture: a file, its content, or a picture opened already.
         name: what an error calls it.
         at_least: pixels that the sides must keep where a JPEG may be decoded at a half, a quarter or
             an eighth of its size, which takes a fraction of the time; None decodes it in full.
-        levels: values of 16-bit grey that become black and white.
+        levels: values of 16-bit pictures that become black and white.
         max_pixels: a JPEG of more is decoded at the largest fraction that has no more.
 
     Raises:
@@ -129,29 +132,76 @@ def _shrink(picture: Image.Image, at_least: int | None, max_pixels: int) -> None
 
 
 def _as_rgb(picture: Image.Image, levels: tuple[int, int] | None) -> Image.Image:
-    told = told_levels(picture)
-    picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
         raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):
-        low, high = told or levels or (0, _LARGEST)
+    if is_deep(picture):
+        told = told_levels(picture)
         values = _values(picture)
+        low, high = told or levels or (0, (1 << max(int(values.max()).bit_length(), 8)) - 1)
         scaled = values >> 8 if (low, high) == (0, _LARGEST) else (values - low) * 255 // max(high - low, 1)
         return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("P", "PA"):  # straight to RGB warns where the palette has transparency
         picture = picture.convert("RGBA")
     return picture.convert("RGB")
 
 
+def is_deep(picture: Image.Image) -> bool:
+    """Whether an opened picture has more than 8 bits a channel."""
+    return picture.mode.startswith("I") or _raw_mode(picture) in _LOWER_BYTES
+
+
+# How Pillow reads colours of 16 bits, of which it keeps the upper bytes, and how it reads the lower ones.
+_LOWER_BYTES = {
+    f"{mode};16{order}": f"{mode};16{other}"
+    for mode in ("RGB", "RGBA", "RGBX")
+    for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+}
+_GREY_AND_ALPHA = "LA;16B"  # read as RGBA, upper and lower bytes stand side by side
+_LOWER_BYTES[_GREY_AND_ALPHA] = "RGBA"
+
+
+def _raw_mode(picture: Image.Image) -> str:
+    tiles = getattr(picture, "tile", None)
+    args = tiles[0][3] if tiles else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
 def _values(picture: Image.Image) -> np.ndarray:
-    values = np.asarray(picture).astype(np.int64)
+    """Values `(H, W)` or `(H, W, 3)` int64 of a picture of more than 8 bits, upright."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(ImageOps.exif_transpose(picture)).astype(np.int64)
+    else:
+        raw = _raw_mode(picture)
+        lower = np.asarray(ImageOps.exif_transpose(_lower_bytes(picture, raw))).astype(np.int64)
+        if raw == _GREY_AND_ALPHA:
+            values = (lower[..., 0] << 8) + lower[..., 1]
+        else:
+            upper = np.asarray(ImageOps.exif_transpose(picture)).astype(np.int64)
+            values = ((upper << 8) + lower)[..., :3]
     if values.min() < 0 or values.max() > _LARGEST:
-        raise ValueError("its values do not fit 16 bits")
+        found = f"its values go from {values.min()} to {values.max()}"
+        raise ValueError(f"{found}; save them in unsigned 16 bits, 0 to {_LARGEST}")
     return values
 
 
+def _lower_bytes(picture: Image.Image, raw: str) -> Image.Image:
+    """An opened picture of 16-bit colours once more, to be read as what Pillow drops of them."""
+    file: Any = picture.fp  # type: ignore[attr-defined]
+    place = file.tell()
+    file.seek(0)
+    lower: Any = _open(BytesIO(file.read()))
+    file.seek(place)
+    raw = _LOWER_BYTES[raw]
+    lower.tile = [
+        tile._replace(args=(raw, *tile.args[1:]) if isinstance(tile.args, tuple) else raw)
+        for tile in lower.tile
+    ]
+    return lower  # type: ignore[no-any-return]
+
+
 def told_levels(picture: Image.Image) -> tuple[int, int] | None:
-    """Black and white of a grey picture of 9 to 15 bits as the file says them; None where it does not."""
+    """Black and white of a picture of 9 to 15 bits as the file says them; None where it does not."""
     if bits := picture.info.get("sBIT"):
         return (0, (1 << bits) - 1) if 8 < bits < 16 else None
     tags = getattr(picture, "tag_v2", None)
@@ -161,23 +211,41 @@ def told_levels(picture: Image.Image) -> tuple[int, int] | None:
 
 
 def _significant_bits(content: bytes) -> int | None:
-    """What a grey PNG says of its depth before its pixels."""
+    """What a PNG says of its depth, of colours the deepest one's, before its pixels."""
     place = content.find(b"sBIT", 0, max(content.find(b"IDAT"), 0))
-    return content[place + 4] if place > 0 and content[place - 4 : place] == b"\0\0\0\1" else None
+    length = int.from_bytes(content[place - 4 : place]) if place > 3 else 0
+    return max(content[place + 4 : place + 4 + length]) if 1 <= length <= 4 else None
 
 
-def header(picture: Path | bytes | Image.Image, name: str) -> tuple[int, int]:
-    """Height and width of a picture, as its header says.
+class Header(NamedTuple):
+    """What the header of a picture says.
+
+    Attributes:
+        height, width: upright, as its EXIF orientation says.
+        deep: it has more than 8 bits a channel.
+    """
+
+    height: int
+    width: int
+    deep: bool
+
+
+def header(picture: Path | bytes | Image.Image, name: str) -> Header:
+    """What a picture says of itself before its pixels.
 
     Raises:
         UserError: there is no such header.
     """
     try:
         if isinstance(picture, Image.Image):
-            return picture.height, picture.width
+            return Header(picture.height, picture.width, is_deep(picture))
         _check_regular(picture)
         with _open(picture if isinstance(picture, Path) else BytesIO(picture)) as found:
-            return found.height, found.width
+            told = "exif" in found.info or found.format == TiffImageFile.format  # a PNG would be decoded
+            width, height = found.size
+            if told and found.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
+                width, height = height, width
+            return Header(height, width, is_deep(found))
     except Exception as error:
         raise unreadable(name, error) from error
 
@@ -227,7 +295,7 @@ def unreadable(name: str, error: Exception, what: str = "picture") -> UserError:
 
 
 def deep_values(picture: Path | bytes | Image.Image) -> tuple[int, int] | None:
-    """Least and largest value of a 16-bit grey picture that does not say its depth; None of any other."""
+    """Least and largest value of a 16-bit picture that does not say its depth; None of any other."""
     try:
         if isinstance(picture, Image.Image):
             return _range(picture)
@@ -238,7 +306,7 @@ def deep_values(picture: Path | bytes | Image.Image) -> tuple[int, int] | None:
 
 
 def _range(picture: Image.Image) -> tuple[int, int] | None:
-    if not picture.mode.startswith("I") or told_levels(picture):
+    if not is_deep(picture) or told_levels(picture):
         return None
     values = _values(picture)
     return int(values.min()), int(values.max())

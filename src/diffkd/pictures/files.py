@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffkd.errors import UserError
-from diffkd.pictures.decoding import MAX_PIXELS, decode, deep_values, header
+from diffkd.pictures.decoding import MAX_PIXELS, decode, header
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.twins import evenly, shared_pictures
 
@@ -222,44 +222,6 @@ class Pictures:
         warnings.warn(f"{error}; {what} ({count} of at most {self.max_corrupt})", stacklevel=2)
 
 
-def find_levels(source: Source, limit: int = 2000) -> tuple[int, int] | None:
-    """The least and the largest value of a source's 16-bit pictures that do not say their depth.
-
-    None where there are none, or where they use half of 16 bits or more: then they are scaled as such.
-
-    Args:
-        source: the pictures.
-        limit: so many are read, evenly spread; a few tell whether there are 16-bit ones at all.
-    """
-    few = [value for place in evenly(len(source), 8) if (value := _deep(source, place))]
-    if not few:
-        return None
-    found = few + [value for place in evenly(len(source), limit) if (value := _deep(source, place))]
-    low, high = min(v[0] for v in found), max(v[1] for v in found)
-    return None if high - low >= 2**15 or low == high else (low, high)
-
-
-def levels_of(source: Source) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
-    """Black and white of 16-bit pictures as `find_levels` has them, and a note where there are some."""
-    found = find_levels(source)
-    if found is None:
-        return None, ()
-    line = f"16-bit pictures: values {found[0]} to {found[1]} become black to white"
-    return found, (f"{line}, in training and test alike",)
-
-
-def one_size(source: Source, limit: int = 32) -> tuple[int, int] | None:
-    """Height and width that pictures have in common, of so many evenly spread; None where they differ."""
-    sizes = set()
-    for place in evenly(len(source), limit):
-        try:
-            name, picture, _ = source[place]
-            sizes.add(header(picture, name))
-        except UserError:
-            continue
-    return sizes.pop() if len(sizes) == 1 else None
-
-
 def shared_files(train: Source, test: Source | None) -> tuple[str, ...]:
     """A note where files to train on and to test on are the same; nothing of what is no file."""
     if not isinstance(train, Files | Part) or not isinstance(test, Files | Part):
@@ -270,10 +232,3 @@ def shared_files(train: Source, test: Source | None) -> tuple[str, ...]:
 def _file(source: Source, place: int) -> Path:
     picture = source[place].picture
     return picture if isinstance(picture, Path) else Path()
-
-
-def _deep(source: Source, place: int) -> tuple[int, int] | None:
-    try:
-        return deep_values(source[place].picture)
-    except UserError:
-        return None

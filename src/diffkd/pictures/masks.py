@@ -18,12 +18,14 @@ from diffkd.batch import UNLABELLED, Batch
 from diffkd.errors import UserError
 from diffkd.pictures.count import Count, Masked, count
 from diffkd.pictures.decoding import decode, loses, opened, unreadable
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, Source, levels_of
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Source
 from diffkd.pictures.joint import VOID, JointOptions, size_of
+from diffkd.pictures.look import Placed, look_over
 from diffkd.pictures.options import quoted
 from diffkd.pictures.scan import Scan
 from diffkd.pictures.tables import ClassTable, Counts, colour_code, settle
 from diffkd.pictures.twins import shared_pictures
+from diffkd.pictures.view import TestView
 
 _LARGEST_CROP = 512  # pixels of a training view's side where nobody says another
 
@@ -97,20 +99,6 @@ class SomeMasked:
     def codes(self, index: int) -> np.ndarray:
         """What the mask holds."""
         return self.source.codes(int(self.places[index]))
-
-
-class PicturesOf:
-    """The pictures alone, as a source of picture files."""
-
-    def __init__(self, source: Masked) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Item:
-        place = self.source.picture(index)
-        return Item(str(place), place, None)
 
 
 def read_mask(place: Path, coloured: bool = False) -> np.ndarray:
@@ -319,11 +307,12 @@ def masked_splits(
         size = size_of(options.crop_size, "data.crop_size")
     notes = (*dict.fromkeys((*train.notes, *test.notes)), *notes, table.told(sums[0]), *_sparse(table, *sums))
     notes += (f"training views of {size[0]}x{size[1]} out of pictures of {height}x{width}, as most are",)
-    levels, told = levels_of(PicturesOf(train))
-    notes += told + shared_pictures((len(train), train.picture), (len(test), test.picture))
+    looked = look_over(*(Placed(len(split), split.picture) for split in (train, test)))
+    notes += looked.notes + shared_pictures((len(train), train.picture), (len(test), test.picture))
     return {
-        "train": MaskedPictures(train, table, options.view(size), levels),
-        "test": MaskedPictures(test, table, None, levels),
+        "train": MaskedPictures(train, table, options.view(size), looked.levels),
+        "test": MaskedPictures(test, table, None, looked.levels),
+        "view": TestView("whole", levels=looked.levels),
         "num_classes": len(table.names),
         "image_shape": (3, *size),
         "mean": IMAGENET_MEAN,

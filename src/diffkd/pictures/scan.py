@@ -9,8 +9,8 @@ from diffkd.errors import UserError
 from diffkd.pictures.decoding import ENDINGS, HEIC, reads_heic
 
 # what operating systems and file servers put beside one's own folders
-_SYSTEM = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "@Recycle", "#recycle"}
-_SYSTEM |= {"__pycache__", "#snapshot", "lost+found", "Thumbs.db", "desktop.ini", "ehthumbs.db"}
+SYSTEM = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "@Recycle", "#recycle"}
+SYSTEM |= {"__pycache__", "#snapshot", "lost+found", "Thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 
 class Scan:
@@ -84,7 +84,7 @@ class Scan:
         except OSError as error:
             raise UserError(f"cannot read the folder '{place}': {error.strerror}") from error
         for entry in found:
-            if entry.name in _SYSTEM:
+            if entry.name in SYSTEM:
                 self.left_out["of the system"] += 1
             elif entry.name[0] != ".":
                 yield entry

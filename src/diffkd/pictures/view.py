@@ -22,6 +22,7 @@ class TestView:
         crop_fraction: share of the shorter side that "crop" shows.
         interpolation: how pictures are resized.
         channels: 3, or 1 for grey.
+        levels: values of 16-bit pictures that became black and white, which `decode` wants to hear.
 
     >>> view = TestView("crop", (8, 8), crop_fraction=0.5)
     >>> view(Image.new("RGB", (40, 30))).shape
@@ -35,6 +36,7 @@ class TestView:
     crop_fraction: float = 1.0
     interpolation: str = "bilinear"
     channels: int = 3
+    levels: tuple[int, int] | None = None
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """`(C, H, W)` uint8."""
@@ -72,8 +74,9 @@ class TestView:
             UserError: they do not describe a view.
         """
         try:
-            size = values.get("size")
-            return cls(**{**values, "size": None if size is None else (int(size[0]), int(size[1]))})
+            pairs = {key: values.get(key) for key in ("size", "levels")}
+            told = {key: (int(pair[0]), int(pair[1])) if pair else None for key, pair in pairs.items()}
+            return cls(**{**values, **told})
         except (TypeError, ValueError, IndexError) as error:
             raise UserError(f"'view' does not say how pictures are prepared: {error}") from error
 

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from diffkd.errors import UserError
-from diffkd.pictures.decoding import decode
 from diffkd.pictures.scan import Scan
 from diffkd.runs.console import Reporter
 from diffkd.runs.disk import write_atomically
@@ -146,7 +145,7 @@ def _batches(student: Student, places: Sequence[Path], unreadable: list[str]) ->
     waiting: list[Read] = []
     for place in places:
         try:
-            picture = decode(place, str(place))
+            picture = student.decoded(place, str(place))
         except UserError as error:
             unreadable.append(str(error))
             continue

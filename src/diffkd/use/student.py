@@ -61,7 +61,11 @@ class Student:
             UserError: it cannot be read.
         """
         source = Path(picture) if isinstance(picture, str) else picture
-        return self.view(decode(source, str(picture)))
+        return self.view(self.decoded(source, str(picture)))
+
+    def decoded(self, picture: Path | Image.Image, name: str) -> Image.Image:
+        """A picture as 8-bit RGB, as `decode` gives it for the data that the student was trained on."""
+        return decode(picture, name, levels=self.view.levels)
 
     @torch.no_grad()
     def predict(self, images: Iterable[Tensor]) -> Any:

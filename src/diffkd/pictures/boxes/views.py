@@ -1,7 +1,7 @@
 """Pictures with their boxes as detectors see them: resized, and changed at random together to train on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffkd.pictures.boxes.annotations import Annotated
 from diffkd.pictures.decoding import decode
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures
 from diffkd.pictures.joint import RandomScale
+from diffkd.pictures.look import Placed, look_over
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.twins import shared_pictures
 from diffkd.pictures.view import TestView
@@ -98,9 +99,14 @@ class BoxOptions:
         """Changes a sample to its size."""
         return transforms.RandomShortestSize([self.size], self.max_size)
 
-    def splits(self, train: Annotated, test: Annotated) -> tuple["BoxPictures", "BoxPictures"]:
-        """Samples to train on, changed at random, and to test on."""
-        return BoxPictures(train, self, training=True), BoxPictures(test, self, training=False)
+    def splits(
+        self, train: Annotated, test: Annotated, levels: tuple[int, int] | None = None
+    ) -> tuple["BoxPictures", "BoxPictures"]:
+        """Samples to train on, changed at random, and to test on; `levels` as for `decode`."""
+        return tuple(  # type: ignore[return-value]
+            BoxPictures(part, self, training=training, levels=levels)
+            for part, training in ((train, True), (test, False))
+        )
 
 
 class _CropWithBoxes(transforms.Transform):  # type: ignore[misc]
@@ -144,18 +150,28 @@ class BoxPictures(Pictures):
         source: pictures and boxes.
         options: how they are changed.
         training: random views, or whole pictures.
+        levels: see `decode`.
     """
 
-    def __init__(self, source: Annotated, options: BoxOptions, *, training: bool) -> None:
+    def __init__(
+        self,
+        source: Annotated,
+        options: BoxOptions,
+        *,
+        training: bool,
+        levels: tuple[int, int] | None = None,
+    ) -> None:
         self.view = options.train_view() if training else options.test_view()
-        super().__init__(source, self.view, options.max_corrupt, leave_out=not training)  # type: ignore[arg-type]
+        kept: Any = {"leave_out": not training, "levels": levels}
+        super().__init__(source, self.view, options.max_corrupt, **kept)  # type: ignore[arg-type]
         self.annotated, self.training, self.mosaic, self.options = source, training, options.mosaic, options
         # less padding where what is wide and what is high do not share batches
         self.groups = (source.sizes[:, 0] > source.sizes[:, 1]).astype(np.int64)
 
     def part(self, places: np.ndarray, *, training: bool) -> "BoxPictures":
         """The pictures at some places `(n,)`, in random views or whole."""
-        return BoxPictures(self.annotated.part(places), self.options, training=training)
+        part = self.annotated.part(places)
+        return BoxPictures(part, self.options, training=training, levels=self.levels)
 
     def picture(self, place: int) -> tuple[str, Path]:
         """What an error calls the picture at a place, and its file."""
@@ -194,7 +210,7 @@ class BoxPictures(Pictures):
     def _read(self, place: int, ignored: bool = False) -> dict[str, Any]:
         """A sample before it is changed."""
         found, path = self.annotated, self.annotated.place(place)
-        image = v2.pil_to_tensor(decode(path, str(path)))
+        image = v2.pil_to_tensor(decode(path, str(path), levels=self.levels))
         height, width = image.shape[-2:]
         said = tuple(found.sizes[place].tolist())
         if all(said) and said != (height, width):
@@ -251,16 +267,21 @@ def boxed(train: Annotated, test: Annotated, options: BoxOptions, notes: Sequenc
         raise UserError("there is not one box to train on")
     if not len(test.labels):
         raise UserError("there is not one box to test on: no answer could be right")
+    looked = look_over(*(Placed(len(split), split.place) for split in (train, test)))
     return {
-        **dict(zip(("train", "test"), options.splits(train, test), strict=True)),
+        **dict(zip(("train", "test"), options.splits(train, test, looked.levels), strict=True)),
         "num_classes": len(train.classes),
         "image_shape": options.image_shape,
-        "view": options.view,
+        "view": replace(options.view, levels=looked.levels),
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "class_names": train.classes,
         "collate": collate,
-        "notes": (*notes, *shared_pictures((len(train), train.place), (len(test), test.place))),
+        "notes": (
+            *notes,
+            *looked.notes,
+            *shared_pictures((len(train), train.place), (len(test), test.place)),
+        ),
     }
 
 
