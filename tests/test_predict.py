@@ -139,7 +139,7 @@ def test_boxes_come_back_in_the_pictures_own_pixels(tmp_path, monkeypatch):
 
 
 def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):
-    assert diffkd("distill", "tiny.yaml", "output=run")[0] == 0
+    assert diffkd("distill", "tiny.yaml", "output=run", "trainer.keep=all")[0] == 0
     (pictures / "broken.png").write_bytes(b"no picture")
     status, out, err = diffkd("visualize", "run", pictures)
     assert (status, err) == (1, f"cannot read picture '{pictures / 'broken.png'}': it is no picture\n")
@@ -147,8 +147,13 @@ def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):
     page = (tmp_path / "run/denoising/index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert Image.open(tmp_path / "run/denoising/000-a.png").size[0] > 400
-    assert diffkd("visualize", "run", pictures / "a.png", "output=seen/here")[0] == 0
+    assert diffkd("visualize", "run", pictures / "a.png", "output=seen/here", "which=best")[0] == 0
     assert (tmp_path / "seen/here/index.html").is_file()
+    status, _, err = diffkd("visualize", "run", pictures, "outptu=a")
+    assert (status, err) == (
+        2,
+        "error: 'outptu=a' is no picture, and no option; did you mean 'output'?\n",
+    )
     assert diffkd("train", "tiny.yaml", "output=alone")[0] == 0
     status, _, err = diffkd("visualize", "alone", pictures)
     assert (status, err.count("\n"), "had no teacher" in err) == (2, 1, True)

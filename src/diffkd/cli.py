@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Heavy imports wait until a command needs them."""
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -101,7 +102,7 @@ def predict(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="PICTURES... [output=FOLDER] [top=5] [threshold=0.3] [trust=true]",
+            metavar="PICTURES... [output=FOLDER] [top=5] [threshold=0.3] [which=best] [trust=true]",
             help="Files, folders, patterns.",
         ),
     ],
@@ -135,13 +136,15 @@ def visualize(
     run: RunFolderName,
     pictures: Annotated[
         list[str],
-        typer.Argument(metavar="PICTURES... [output=FOLDER] [trust=true]", help="Files, folders, patterns."),
+        typer.Argument(
+            metavar="PICTURES... [output=FOLDER] [which=best] [trust=true]", help="Files, folders, patterns."
+        ),
     ],
 ) -> None:
     """Show the denoising: the student's feature before, on its way and after, and the teacher's."""
-    from diffkd.use.visualize import visualize as write
+    from diffkd.use.visualize import visualize_words
 
-    _say_unreadable(write(run, pictures)[1])
+    _say_unreadable(visualize_words(run, pictures))
 
 
 @app.command()
@@ -166,9 +169,11 @@ def list_(
 ) -> None:
     """List what there is: recipes, methods, models, data."""
     from diffkd.report.listing import listing
+    from diffkd.report.settings import wrapped
 
     for line in listing(what, like):
-        print(line)
+        for part in wrapped(line, _width(), 4):
+            print(part)
 
 
 @app.command()
@@ -180,7 +185,7 @@ def settings(
     """Every key of a recipe with its type, its default and what it does."""
     from diffkd.report.settings import settings as lines
 
-    for line in lines(what):
+    for line in lines(what, _width()):
         print(line)
 
 
@@ -217,6 +222,11 @@ def clean(
     if found and wanted.remove and (wanted.sure or typer.confirm("remove them?")):
         for line in remove(found):
             print(line)
+
+
+def _width() -> int | None:
+    """Characters of a terminal's line; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _say_unreadable(lines: Sequence[str]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+_SHOWN = 40  # names of which an error message has room
+
 
 class UserError(Exception):
     """A mistake in what the user gave: one clear line that names the culprit and the way out.
@@ -31,14 +33,19 @@ def nearest(word: str, choices: Iterable[str], limit: int = 3) -> str:
     "; did you mean 'diffkd'?"
     >>> nearest("x", ["kd", "dist"])
     '; known: dist, kd'
+    >>> said = nearest("x", ["head", *(f"body.{i}" for i in range(100))])
+    >>> said[:22], said[-12:]
+    ('; known: head, body.0,', ' and 61 more')
     """
-    names = sorted(set(choices))
+    names = sorted(set(choices) - {""})
     close = difflib.get_close_matches(word, names, n=limit, cutoff=0.6)
     if close:
         return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
     if not names:
         return ""
-    return f"; known: {', '.join(names)}"
+    shown = sorted(names, key=lambda name: name.count("."))[:_SHOWN]  # of layers the outer ones
+    more = f" and {len(names) - len(shown):,} more" if len(shown) < len(names) else ""
+    return f"; known: {', '.join(shown)}{more}"
 
 
 def plain(text: str, most: int = 4000) -> str:

@@ -48,6 +48,7 @@ class Taps:
             if request.path not in known:
                 raise UserError(
                     f"no layer '{request.path}' in {type(model).__name__}{nearest(request.path, known)}"
+                    + "; the model's output is ''" * (request.path == "output")
                 )
             if request.path and isinstance(known[request.path], torch.jit.ScriptModule):
                 raise UserError(

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,14 +40,14 @@ class Kept:
 
     def save(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps arrays; where the cache cannot be written, they are found again next time."""
+        partial = self.place.with_name(f"{self.place.stem}-{os.getpid()}-{secrets.token_hex(4)}.part")
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.place.parent, suffix=".part", delete=False) as file:
-                try:
+            try:
+                with partial.open("wb") as file:
                     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-                    file.close()
-                    Path(file.name).replace(self.place)
-                finally:
-                    Path(file.name).unlink(missing_ok=True)
+                partial.replace(self.place)
+            finally:
+                partial.unlink(missing_ok=True)
         except OSError:
             pass

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model, model_validator
 
 from diffkd.errors import UserError, nearest
-from diffkd.recipe.base import Count, NotNegative, Positive, Section
+from diffkd.recipe.base import Arguments, Count, NotNegative, Positive, Section
 from diffkd.recipe.errors import first_error
 from diffkd.recipe.files import RECIPES, code_names, read_layers
 from diffkd.recipe.training import CosineSchedule, OptimizerRecipe, ScheduleRecipe, Sgd, TrainerRecipe
@@ -92,7 +92,7 @@ class ModelRecipe(Section):
     model: str
     weights: str | None = None
     weights_by_order: bool = False
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Arguments = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[Positive] | None = None
     size: Count | None = None

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -58,16 +59,35 @@ class Group(NamedTuple):
     settings: list[Setting]
 
 
-def settings(what: str = "") -> Iterator[str]:
+def settings(what: str = "", width: int | None = None) -> Iterator[str]:
     """Lines `key  type  default  sentence` of a section, a method, a data set or a task; of all sections.
+
+    Args:
+        what: its name; none is all sections.
+        width: characters of a line, where the sentence stands beneath; None has one line for each key.
 
     Raises:
         UserError: there is nothing of that name.
+
+    >>> list(settings("kd", 60))[2:4]
+    ['  method.kd.weight  number | auto  0.9', '      of all its losses beside the supervised ones; auto']
     """
     for group in groups(what):
-        yield f"{group.title}: {group.said}"
+        yield from wrapped(f"{group.title}: {group.said}", width, 2)
         for one in group.settings:
-            yield f"  {one.key:<32}{one.kind:<28}{one.default:<16}{one.said}".rstrip()
+            if width is None:
+                yield f"  {one.key:<32}{one.kind:<28}{one.default:<16}{one.said}".rstrip()
+            else:
+                yield from wrapped("  " + "  ".join(filter(None, one[:3])), width, 6)
+                yield from wrapped(f"      {one.said}", width, 6)
+
+
+def wrapped(line: str, width: int | None, indent: int) -> list[str]:
+    """A line in lines of `width` characters, those after the first one indented; None leaves it as it is."""
+    if width is None:
+        return [line]
+    fill = " " * indent
+    return textwrap.wrap(line, width, subsequent_indent=fill, break_long_words=False, break_on_hyphens=False)
 
 
 def groups(what: str = "") -> Iterator[Group]:

@@ -72,7 +72,7 @@ class ProgressBar:
         self._tell(now)
 
     def aside(self, what: str) -> None:
-        """Says what goes on between two steps: an evaluation, say."""
+        """Says what goes on between two steps: an evaluation, say; nothing, once that is over."""
         self._aside = what
         self._tell(time.perf_counter())
 

@@ -293,16 +293,16 @@ class RunFolder:
                 f"checkpoint of step {step} cannot be written to '{self.checkpoints}': {reason}; "
                 f"earlier checkpoints are intact, make room and {resume_hint(self.path)}"
             ) from error
-        kept = set(keep) | set(sorted({_step(path) for path in self.list_checkpoints()})[-2:])
+        kept = set(keep) | set(sorted({step_of(path) for path in self.list_checkpoints()})[-2:])
         for path in self.list_checkpoints():
-            if _step(path) not in kept or (_step(path) == step and path != final):
+            if step_of(path) not in kept or (step_of(path) == step and path != final):
                 path.unlink()
         return final
 
     def list_checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first; of two of one step the one written first."""
         found = [path for path in self.checkpoints.glob("step-*.pt") if _CHECKPOINT.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns))
+        return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns))
 
     def newest_checkpoint(self, warn: Callable[[str], None]) -> Path | None:
         """The newest checkpoint whose content fits its checksum; damaged ones are told of and skipped."""
@@ -331,7 +331,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """How many optimizer steps a checkpoint was written after."""
     return int(path.stem.split("-")[1])
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffkd.assembly import describe_student
 from diffkd.models.measure import machine
-from diffkd.runs.folder import load_checkpoint
+from diffkd.runs.folder import load_checkpoint, step_of
 from diffkd.training.meter import Place
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def write_best(trainer: "Trainer", place: Place, best: Mapping[str, float]) -> N
     if best["step"] == place.step:
         state = trainer.shipped.model.state_dict()
     else:
-        found = [path for path in trainer.folder.list_checkpoints() if _step_of(path.name) == best["step"]]
+        found = [path for path in trainer.folder.list_checkpoints() if step_of(path) == best["step"]]
         if not found:
             return
         kept = load_checkpoint(found[-1])
@@ -96,7 +96,3 @@ def write_best(trainer: "Trainer", place: Place, best: Mapping[str, float]) -> N
             key.removeprefix(prefix): value for key, value in kept["model"].items() if key.startswith(prefix)
         }
     trainer.folder.write_student(state, config, "student-best")
-
-
-def _step_of(name: str) -> int:
-    return int(name.split("-")[1])

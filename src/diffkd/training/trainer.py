@@ -313,7 +313,9 @@ class Trainer:
         if self.fabric.world_size > 1:
             for buffer in self.shipped.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return self._evaluate(self.shipped, loader, watching(bar, loader, what))
+        figures = self._evaluate(self.shipped, loader, watching(bar, loader, what))
+        bar.aside("")
+        return figures
 
     def _judge(self, teacher: Side) -> Figures:
         loader = self.test_loader

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -21,7 +21,8 @@ from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.use.drawing import draw_boxes, overlay, palette, picture_of, rgb
-from diffkd.use.student import Student, load_student, told_trust
+from diffkd.use.student import Student, load_student
+from diffkd.use.words import told_options
 
 BATCH = 16
 
@@ -67,6 +68,7 @@ def predict(
     top: int = 5,
     threshold: float = 0.3,
     *,
+    which: Literal["last", "best"] = "last",
     trust: bool = False,
 ) -> Predicted:
     """Answers of a run's student for picture files, prepared just as its test data was.
@@ -80,6 +82,7 @@ def predict(
         output: the folder to write to; None is `predictions/` in the run folder.
         top: classes to name for each picture (classification).
         threshold: least score of a box that is drawn (detection); all of them are written.
+        which: of a run folder's students, as in `load_student`.
         trust: runs the code that the run names, as in `load_student`.
 
     Raises:
@@ -88,7 +91,7 @@ def predict(
     """
     if top < 1:
         raise UserError(f"top={top}: needs at least 1")
-    student = load_student(run, trust=trust)
+    student = load_student(run, trust=trust, which=which)
     places = find_pictures(words)
     folder = Path(output or Path(run) / "predictions")
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,22 +117,13 @@ def predict_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: an option's value cannot be understood.
     """
-    options: dict[str, str] = {}
-    words, trust = told_trust(words)
-    pictures = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in ("output", "top", "threshold"):
-            options[key] = value
-        else:
-            pictures.append(word)
+    options, pictures = told_options(words, ("output", "top", "threshold", "which", "trust"))
     try:
         top, threshold = int(options.get("top", "5")), float(options.get("threshold", "0.3"))
     except ValueError:
         raise UserError("top=5 and threshold=0.3 need numbers") from None
-    if not pictures:
-        raise UserError("name pictures: files, folders or patterns")
-    done = predict(run, pictures, options.get("output"), top, threshold, trust=trust)
+    which, trust = options.get("which", "last"), options.get("trust") == "true"
+    done = predict(run, pictures, options.get("output"), top, threshold, which=which, trust=trust)  # type: ignore[arg-type]
     for row in done.rows[:10]:
         if "class" in row:
             print(f"{row['picture']}: {row['class']} ({100 * row['probability']:.1f} %)")

@@ -122,22 +122,6 @@ def load_student(run: str | Path, *, trust: bool = False, which: Literal["last",
     return Student(model.eval(), prepare, view, task, names, config)
 
 
-def told_trust(words: Iterable[str]) -> tuple[list[str], bool]:
-    """A command line's words without `trust=true`, and whether it was among them.
-
-    Raises:
-        UserError: another value stands there.
-
-    >>> told_trust(["a.jpg", "trust=true"])
-    (['a.jpg'], True)
-    """
-    told = [word for word in words if word.startswith("trust=")]
-    for word in told:
-        if word not in ("trust=true", "trust=false"):
-            raise UserError(f"{word}: needs true or false")
-    return [word for word in words if word not in told], "trust=true" in told
-
-
 def student_folder(run: str | Path, which: str = "last") -> Path:
     """The folder with the student's weights and their description.
 

@@ -5,28 +5,37 @@ from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import ModelRecipe, Recipe, load
-from diffkd.runs.folder import RunFolder, load_checkpoint
+from diffkd.runs.folder import RunFolder, load_checkpoint, step_of
+from diffkd.use.student import read_config, student_folder
 
 
-def as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None) -> Recipe:
+def as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None, which: str = "last") -> Recipe:
     """A run's recipe with the weights that it ended with, and its teacher's as they were found or made."""
+    weights = str(folder.path if which == "last" else student_folder(folder.path, which))
     found: dict[str, ModelRecipe] = {
-        "student": recipe.student.model_copy(update={"weights": str(folder.path), "weights_by_order": False})
+        "student": recipe.student.model_copy(update={"weights": weights, "weights_by_order": False})
     }
     if recipe.teacher is not None:
         found["teacher"] = recipe.teacher.model_copy(update={"weights": teacher_weights, "train": None})
     return recipe.model_copy(update=found)
 
 
-def load_methods(distiller: Distiller, folder: RunFolder) -> None:
-    """Gives a distiller's methods what they had learned when the run ended.
+def load_methods(distiller: Distiller, folder: RunFolder, which: str = "last") -> None:
+    """Gives a distiller's methods what they had learned when the run ended, or in its best epoch.
 
     Raises:
-        UserError: the run keeps no checkpoint, or one of another version's methods.
+        UserError: the run keeps no such checkpoint, or one of another version's methods.
     """
     kept = folder.list_checkpoints()
+    if which == "best":
+        step = int(read_config(student_folder(folder.path, which))["step"])
+        kept = [path for path in kept if step_of(path) == step]
     if not kept:
-        raise UserError(f"'{folder.checkpoints}' holds no checkpoint: what the methods learned is gone")
+        way = "; trainer.keep=all keeps every checkpoint" if which == "best" else ""
+        raise UserError(
+            f"'{folder.checkpoints}' holds no checkpoint of the {which} epoch: "
+            f"what the methods learned is gone{way}"
+        )
     prefix = "distiller.methods."
     model = load_checkpoint(kept[-1])["model"]
     state = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
@@ -38,11 +47,12 @@ def load_methods(distiller: Distiller, folder: RunFolder) -> None:
         ) from error
 
 
-def rebuild(run: str, *, trust: bool = False) -> tuple[Parts, Distiller]:
+def rebuild(run: str, *, which: str = "last", trust: bool = False) -> tuple[Parts, Distiller]:
     """A finished run's parts and its distiller, as it ended, in eval mode.
 
     Args:
         run: the folder.
+        which: "best" has all as it was in the best epoch.
         trust: runs the code that it names.
 
     Raises:
@@ -54,7 +64,7 @@ def rebuild(run: str, *, trust: bool = False) -> tuple[Parts, Distiller]:
     if summary["teacher"] is None:
         raise UserError(f"the run in '{run}' had no teacher")
     seed_everything(recipe.seed)  # a teacher with fresh weights is the same again
-    parts = assemble(as_trained(recipe, folder, summary["teacher"]["weights"]))
+    parts = assemble(as_trained(recipe, folder, summary["teacher"]["weights"], which))
     distiller, _ = parts.distiller(parts.sample(2))
-    load_methods(distiller, folder)
+    load_methods(distiller, folder, which)
     return parts, distiller.eval()

@@ -2,10 +2,11 @@
 
 import base64
 import html
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +14,60 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffkd.assembly import Parts
 from diffkd.batch import Batch
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.methods.diffkd import DiffKD, DiffKDMethod
 from diffkd.runs.disk import write_atomically
+from diffkd.tasks.base import Task
+from diffkd.tasks.segmentation import Segmentation
 from diffkd.use.predict import find_pictures
-from diffkd.use.student import load_student, told_trust
+from diffkd.use.student import load_student
 from diffkd.use.trained import rebuild
+from diffkd.use.words import told_options
+
+_WIDTH = 1.6  # inches of a map
+
+
+class Shown(NamedTuple):
+    """What `visualize` did.
+
+    Attributes:
+        page: with all pictures.
+        pictures: how many are on it.
+        unreadable: pictures that could not be read, and why.
+        single: taps that are not drawn, for they have one position.
+    """
+
+    page: Path
+    pictures: int
+    unreadable: tuple[str, ...]
+    single: tuple[str, ...]
+
+
+def visualize_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
+    """`visualize` with a command line's words; prints what was written, and gives what could not be read.
+
+    Raises:
+        UserError: as `visualize`, or an option's value cannot be understood.
+    """
+    options, pictures = told_options(words, ("output", "which", "trust"))
+    which, trust = options.get("which", "last"), options.get("trust") == "true"
+    shown = visualize(run, pictures, options.get("output"), which=which, trust=trust)  # type: ignore[arg-type]
+    for name in shown.single:
+        print(f"{name}: not drawn, it has a single position")
+    print(f"{shown.pictures} pictures: {shown.page}")
+    return shown.unreadable
 
 
 def visualize(
-    run: str, words: Sequence[str], say: Callable[[str], None] = print
-) -> tuple[Path, tuple[str, ...]]:
+    run: str,
+    pictures: Sequence[str],
+    output: str | None = None,
+    *,
+    which: Literal["last", "best"] = "last",
+    trust: bool = False,
+) -> Shown:
     """Writes `denoising/` in the run folder, or `output`: a PNG for each picture, and a page with them all.
 
     Of every tapped map, the top row shows how strong the feature is (mean of its channels' sizes), the
@@ -34,20 +75,16 @@ def visualize(
 
     Args:
         run: the folder of a finished run with method diffkd.
-        words: files, folders, patterns, `output=FOLDER`, and `trust=true` for a run of code that the run
-            folder names.
-        say: is told where the page is.
-
-    Returns:
-        The page, and which pictures could not be read, and why.
+        pictures: files, folders, patterns.
+        output: the folder to write to.
+        which: of its students, each with what the method had learned then.
+        trust: runs the code that the run folder names.
 
     Raises:
         UserError: the run did not use DiffKD on a map, or there is no picture that can be read.
     """
-    words, trust = told_trust(words)
-    outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
-    places = find_pictures([word for word in words if not word.startswith("output=")])
-    parts, distiller = rebuild(run, trust=trust)
+    places = find_pictures(pictures)
+    parts, distiller = rebuild(run, which=which, trust=trust)
     method = next((m for m in distiller.methods.values() if isinstance(m, DiffKDMethod)), None)
     if method is None:
         raise UserError(f"the run in '{run}' did not use method diffkd: there is no denoising to show")
@@ -55,16 +92,20 @@ def visualize(
     maps = {name: diffkd for name, diffkd in taps.items() if diffkd.spatial_dims == 2}
     if not maps:
         raise UserError(f"the run in '{run}' denoised no feature map, and vectors are no pictures")
-    student, folder = load_student(run, trust=trust), Path(outputs[-1] if outputs else f"{run}/denoising")
+    student, folder = load_student(run, trust=trust, which=which), Path(output or f"{run}/denoising")
     shown: list[tuple[Path, bytes]] = []
     unreadable: list[str] = []
+    single: dict[str, None] = {}
     for number, place in enumerate(places):
         try:
             image = student.read(place)
         except UserError as error:
             unreadable.append(str(error))
             continue
-        drawn = _draw(image, _ways(image, parts, distiller, maps))
+        ways = _ways(image, parts.task, distiller, maps)
+        drawable = {name: way for name, way in ways.items() if way.features["teacher"][0].numel() > 1}
+        single |= dict.fromkeys(name for name in ways if name not in drawable)
+        drawn = _draw(image, drawable or ways)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{number:03d}-{place.stem}.png"
         write_atomically(file, lambda partial, drawn=drawn: partial.write_bytes(drawn))  # type: ignore[misc]
@@ -73,51 +114,86 @@ def visualize(
         raise UserError(f"none of {len(places)} pictures can be read: {unreadable[0]}")
     page = folder / "index.html"
     write_atomically(page, lambda partial: partial.write_text(_page(run, shown), encoding="utf-8"))
-    say(f"{len(shown)} pictures: {page}")
-    return page, tuple(unreadable)
+    return Shown(page, len(shown), tuple(unreadable), tuple(single))
 
 
-Way = dict[str, Tensor]
+class Way(NamedTuple):
+    """One picture's features at a tap.
+
+    Attributes:
+        features: `(C, h, w)` each, in their order.
+        gamma: how much of the student's feature stays beside the noise; None where nothing is denoised.
+        reach: height and width that the features cover, as shares of the picture's: the last row and column
+            may see padding, too.
+    """
+
+    features: dict[str, Tensor]
+    gamma: float | None
+    reach: tuple[float, float]
 
 
 @torch.no_grad()
-def _ways(image: Tensor, parts: Parts, distiller: Distiller, maps: Mapping[str, DiffKD]) -> dict[str, Way]:
-    """By tap, the steps of one picture `(C, H, W)`."""
+def _ways(image: Tensor, task: Task, distiller: Distiller, maps: Mapping[str, DiffKD]) -> dict[str, Way]:
+    """By tap, the steps of one picture `(C, H, W)`, each cut to where the picture lies."""
     # two of a kind: a batch of one would not do for every model
-    student, teacher = distiller.features(Batch(torch.stack([image, image])))
+    images = torch.stack([image, image])
+    # a label map tells the task how far it pads
+    blank = torch.zeros(2, *image.shape[1:], dtype=torch.long) if isinstance(task, Segmentation) else None
+    framed = task.frame(Batch(images, blank))
+    seen = framed.images if framed.valid is None else framed.valid
+    share = [has / whole for has, whole in zip(image.shape[1:], seen.shape[-2:], strict=True)]  # type: ignore[union-attr]
+    student, teacher = distiller.features(framed)
     found = {}
     for name, diffkd in maps.items():
         torch.manual_seed(0)  # the same noise for every picture
-        found[name] = {k: v[0].float().cpu() for k, v in diffkd.steps(student[name], teacher[name]).items()}
+        steps = {k: v[0].float().cpu() for k, v in diffkd.steps(student[name], teacher[name]).items()}
+        gamma = steps.pop("gamma", None)
+        size = steps["teacher"].shape[1:]
+        # without the rows and columns that see padding alone
+        rows, columns = (math.ceil(n * part - 1e-6) for n, part in zip(size, share, strict=True))
+        found[name] = Way(
+            {k: v[:, :rows, :columns] for k, v in steps.items()},
+            None if gamma is None else float(gamma),
+            (rows / (size[0] * share[0]), columns / (size[1] * share[1])),
+        )
     return found
 
 
 def _draw(image: Tensor, ways: Mapping[str, Way]) -> bytes:
     """A PNG: two rows for each tap."""
-    columns = 1 + max(len(way) - ("gamma" in way) for way in ways.values())
-    figure = Figure(figsize=(1.6 * columns, 3.5 * len(ways)), layout="constrained")
+    columns = 1 + max(len(way.features) for way in ways.values())
+    height = _WIDTH * min(max(image.shape[1] / image.shape[2], 0.4), 2.5)
+    figure = Figure(figsize=(_WIDTH * columns, (2 * height + 0.7) * len(ways)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes: Any = figure.subplots(2 * len(ways), columns, squeeze=False)
-    for cell in axes.flat:
-        cell.axis("off")
     picture = image.permute(1, 2, 0).squeeze(2).numpy()
-    for row, (name, way) in enumerate(ways.items()):
-        features = {key: value for key, value in way.items() if key != "gamma"}
-        directions = _directions(features["teacher"])
-        first = axes[2 * row][0]
-        first.imshow(picture, cmap="gray")
-        gamma = f", gamma {float(way['gamma']):.2f}" if "gamma" in way else ""
-        first.set_title(f"{name}{gamma}", fontsize=8, loc="left")
-        for column, (key, feature) in enumerate(features.items(), 1):
-            heat, colours = axes[2 * row][column], axes[2 * row + 1][column]
-            size = picture.shape[:2]
-            heat.imshow(picture, cmap="gray", extent=(0, size[1], size[0], 0))
-            heat.imshow(feature.abs().mean(0), cmap="inferno", alpha=0.7, extent=(0, size[1], size[0], 0))
-            heat.set_title(key, fontsize=8)
-            colours.imshow(_coloured(feature, directions))
+    parts = figure.subfigures(len(ways), 1, squeeze=False).flat
+    for part, (name, way) in zip(parts, ways.items(), strict=True):
+        gamma = "" if way.gamma is None else f", gamma {way.gamma:.2f}"
+        part.suptitle(f"{name}{gamma}", fontsize=9, x=0.01, ha="left")
+        cells: Any = part.subplots(2, columns, squeeze=False)
+        for cell in cells.flat:
+            cell.axis("off")
+        cells[0][0].imshow(picture, cmap="gray")
+        directions = _directions(way.features["teacher"])
+        for column, (key, feature) in enumerate(way.features.items(), 1):
+            shown = feature.abs().mean(0).numpy(), _coloured(feature, directions)
+            _maps(cells[:, column], picture, way.reach, shown)
+            cells[0][column].set_title(key, fontsize=8)
     content = BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()
+
+
+def _maps(cells: Sequence[Any], picture: Any, reach: tuple[float, float], shown: Sequence[Any]) -> None:
+    """A feature's strength over the picture, and its colours beneath."""
+    height, width = picture.shape[:2]
+    strength, colours = shown
+    covered = (0, width * reach[1], height * reach[0], 0)
+    cells[0].imshow(picture, cmap="gray", extent=(0, width, height, 0))
+    cells[0].imshow(strength, cmap="inferno", alpha=0.7, extent=covered)
+    cells[1].imshow(colours, extent=covered)
+    for cell in cells:
+        cell.set(xlim=(0, width), ylim=(height, 0))
 
 
 def _directions(feature: Tensor) -> Tensor:
