@@ -44,6 +44,31 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Item: ...
 
 
+class Texts:
+    """Many texts in two blocks of memory: loader processes would copy a list of objects page by page.
+
+    Args:
+        texts: them.
+
+    >>> Texts(["a.png", "b"])[1]
+    'b'
+    """
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        text, ends = bytearray(), array("q")
+        for each in texts:
+            text += os.fsencode(each)
+            ends.append(len(text))
+        self.blocks = np.array(text, np.uint8), np.array(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.blocks[1])
+
+    def __getitem__(self, index: int) -> str:
+        text, ends = self.blocks
+        return os.fsdecode(text[ends[index - 1] if index else 0 : ends[index]].tobytes())
+
+
 class Files:
     """Picture files beneath a folder.
 
@@ -54,17 +79,11 @@ class Files:
     """
 
     def __init__(self, folder: Path, paths: Iterable[str], targets: np.ndarray | None) -> None:
-        self.folder = folder
-        # two blocks of memory: loader processes would copy a list of objects page by page
-        text, ends = bytearray(), array("q")
-        for path in paths:
-            text += os.fsencode(path)
-            ends.append(len(text))
-        self._text, self._ends = np.array(text, np.uint8), np.array(ends, np.int64)
-        self.targets = targets
+        self.folder, self.targets = folder, targets
+        self._paths = Texts(paths)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._paths)
 
     @property
     def paths(self) -> list[str]:
@@ -73,8 +92,7 @@ class Files:
 
     def path(self, index: int) -> str:
         """Path of one picture, relative to the folder."""
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._text[start : self._ends[index]].tobytes())
+        return self._paths[index]
 
     def __getitem__(self, index: int) -> Item:
         path = self.folder / self.path(index)

@@ -19,14 +19,8 @@ _TEXT |= {f"{side}.weights" for side in ("student", "teacher")}
 _TEXT_OPTIONS = {"dataset", "subset", "train_split", "test_split", "test_folder", "augment"}
 _TEXT_OPTIONS |= {"train_file", "test_file", "path_column", "image_column", "label_column"}
 _TEXT_OPTIONS |= {
-    "train",
-    "test",
-    "train_images",
-    "test_images",
-    "images",
-    "masks",
-    "mask_suffix",
-    "train_set",
+    *("train", "test", "train_images", "test_images", "images", "masks", "mask_suffix", "train_set"),
+    *("image_ending", "label_ending", "label_field"),
 }
 _TEXT_LISTS = {"data.classes", "data.class_order", "student.freeze", "teacher.freeze"}
 

@@ -96,6 +96,9 @@ class _Content:
             self._take(value.images, self.pictures, 0)
             for name in _LABELS:
                 self._take(getattr(value, name, None), self.labels, 0)
+        elif hasattr(value, "shards"):
+            self.pictures.update(self.files.digest("", [str(place) for place in value.shards]).encode())
+            self._take(value.targets, self.labels, 0)
         elif hasattr(value, "source"):
             self._take(getattr(value, "places", None), self.pictures, 0)
             self._take(value.source, self.pictures, 0)
@@ -208,6 +211,8 @@ class _Files:
     """Files by path, size and sampled content; those of a folder are looked at once."""
 
     def __init__(self, root: str | None) -> None:
+        if root and not Path(root).is_dir():  # the name of files in it
+            root = os.path.dirname(root)  # noqa: PTH120
         self.root = os.path.join(os.path.realpath(Path(root).expanduser()), "") if root else None  # noqa: PTH118
         self.given = os.path.join(Path(root).expanduser(), "") if root else None  # noqa: PTH118
         self._known: dict[tuple[str, int, int], str] = {}
