@@ -186,9 +186,7 @@ def _sample(shard: int, file: BinaryIO, members: dict[str, _Member], endings: En
         raise _Lacking("without a picture" + (f" (.{endings.image})" if endings.image else ""))
     name, offset, size = members[pictures[0]]
     if len(pictures) > 1:
-        raise UserError(
-            f"'{file.name}: {name}' has {quoted(pictures)} beside it: data.image_ending= one of them"
-        )
+        raise UserError(f"'{file.name}: {name}' has {quoted(pictures)}: data.image_ending= one of them")
     if not endings.label:
         return _Sample(name, (shard, offset, size))
     if endings.label not in members:
