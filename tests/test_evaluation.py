@@ -13,7 +13,7 @@ from diffkd import UserError, load_student
 from diffkd.batch import Batch
 from diffkd.data.base import build
 from diffkd.recipe.schema import load
-from diffkd.report.evaluation import evaluate_run
+from diffkd.report.evaluation import LastEvaluation, evaluate_run, measure, write_evaluation
 from diffkd.report.faults.classification import ClassAccount
 from diffkd.report.faults.detection import BoxAccount
 from diffkd.report.faults.segmentation import MapAccount
@@ -31,7 +31,34 @@ WORDS = ["trainer.max_steps=3", "method=none", "teacher=null", "trainer.accelera
 def run(tmp_path_factory):
     """A run of three steps: it errs often."""
     place = tmp_path_factory.mktemp("runs") / "a"
-    return fit(load("digits-8x8", [*WORDS, f"output={place}"]), Reporter(progress=False)).path
+    wanted = load("digits-8x8", [*WORDS, "data.val_fraction=0.1", f"output={place}"])
+    last = LastEvaluation()
+    folder = fit(wanted, Reporter(progress=False), last)
+    finish_page(folder, last)
+    return place
+
+
+def test_the_last_evaluation_tells_what_another_one_would(run):
+    seen = {place.name: place.read_bytes() for place in (run / "evaluation").iterdir()}
+    assert {"figures.json", "classes.csv", "worst.png"} <= set(seen)
+    write_evaluation(measure(RunFolder(run)), run / "again")
+    assert seen == {place.name: place.read_bytes() for place in (run / "again").iterdir()}
+
+
+def test_other_splits_have_an_account_of_their_own(run):
+    page = (run / "run.html").read_bytes()
+    for split, count in (("train", 1295), ("val", 142)):
+        said = list(evaluate_run(str(run), [f"split={split}", "which=best"]))
+        told = json.loads((run / f"evaluation-{split}/figures.json").read_text())
+        assert (told["split"], told["student"], told["pictures"]) == (split, "best", count)
+        assert said[1] == f"top1 {told['figures']['top1']!r} ({100 * told['figures']['top1']:.2f} %)"
+        assert said[-1] == f"where it errs: {run / f'evaluation-{split}'}"
+    history = RunFolder(run).read_history()
+    assert told["figures"]["top1"] == max(row["val_top1"] for row in history)
+    assert said[0] == "the validation samples stand for the test samples, which are not used"
+    assert (run / "run.html").read_bytes() == page
+    with pytest.raises(UserError, match="split=tset: needs test, val or train"):
+        next(evaluate_run(str(run), ["split=tset"]))
 
 
 def read(place):

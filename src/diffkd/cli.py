@@ -85,7 +85,8 @@ def evaluate(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]... [output=FOLDER]", help="Where the data are, or others: data.root=..."
+            metavar="[split=test|val|train] [which=last|best] [output=FOLDER] [KEY=VALUE]...",
+            help="Where the data are, or others: data.root=...",
         ),
     ] = None,
 ) -> None:
@@ -239,11 +240,13 @@ def _say_unreadable(lines: Sequence[str]) -> None:
 def _run(recipe: "Recipe") -> None:
     # Imported now, not at the top: a mistake in the recipe has already shown, without a wait.
     from diffkd.data.base import data_kept
+    from diffkd.report.evaluation import LastEvaluation
     from diffkd.report.finish import finish
     from diffkd.training.control import fit_with_control
 
+    last = LastEvaluation()
     with data_kept():
-        finish(fit_with_control(recipe))
+        finish(fit_with_control(recipe, witness=last), last)
 
 
 def main() -> None:

@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
 from diffkd import __version__
 from diffkd.assembly import Parts, Side, assemble, check_outputs
+from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.maths.randomness import cpu_threads, seed_everything
+from diffkd.pictures.held import part_of, says
 from diffkd.recipe.schema import Recipe, load
 from diffkd.report.faults.base import Account, name_of, write_table
 from diffkd.report.faults.classification import ClassAccount
@@ -29,12 +32,13 @@ from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.training.devices import as_channels_last
-from diffkd.training.evaluation import evaluate
+from diffkd.training.evaluation import Look, evaluate
 from diffkd.use.student import Student, load_student
 from diffkd.use.trained import as_trained
 
 FOLDER = "evaluation"  # in the run folder
 _MOST = 2000  # classes, above which only the figures are kept
+SplitName = Literal["test", "val", "train"]
 _KEYS = ("data.", "data=", "task.", "trainer.threads=", "trust=")
 
 
@@ -46,9 +50,11 @@ class Evaluation:
         summary: of the run.
         words: the overrides that chose the data.
         parts: data and task.
-        recorded: figures that the run wrote down of this student.
+        recorded: figures that the run wrote down of this student, where they are of this data set.
         figures: of 0 to 1.
         account: where it errs; None for a task of one's own.
+        split: of the data.
+        which: of the run's students.
     """
 
     summary: dict[str, Any]
@@ -57,6 +63,8 @@ class Evaluation:
     recorded: Mapping[str, float]
     figures: Figures
     account: Account | None
+    split: str = "test"
+    which: str = "last"
 
     @property
     def scalars(self) -> dict[str, float]:
@@ -70,6 +78,8 @@ class Evaluation:
             "diffkd": __version__,
             "data": self.parts.data.summary,
             "overrides": list(self.words),
+            "split": self.split,
+            "student": self.which,
             "pictures": len(test),
             "metric": task.metric,
             "metric_label": self.summary["metric_label"],
@@ -95,37 +105,40 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
 
     Args:
         path: a run folder.
-        words: `data.root=...` and other `data.` and `task.` keys, `which=best`, `output=FOLDER`,
-            `trainer.threads`, and `trust=true` for a run of code that the run folder names.
+        words: `data.root=...` and other `data.` and `task.` keys, `split=train` or `val`, whose account goes
+            to a folder of its own, `which=best`, `output=FOLDER`, `trainer.threads`, and `trust=true` for a
+            run of code that the run folder names.
 
     Raises:
         UserError: the folder holds no finished run, its student is damaged, or the data do not fit it.
     """
     from diffkd.report.run_page import write_run_page
 
-    folder, output, which = RunFolder(path), None, "last"
-    overrides = []
+    folder, overrides = RunFolder(path), []
+    told = {"output": "", "which": "last", "split": "test"}
     for word in words:
-        if word.startswith("output="):
-            output = Path(word.removeprefix("output="))
-        elif word.startswith("which="):
-            which = word.removeprefix("which=")
+        key, _, value = word.partition("=")
+        if key in told:
+            told[key] = value
         elif word.startswith(_KEYS):
             overrides.append(word)
         else:
             raise UserError(
-                f"evaluate takes data.KEY=..., task.KEY=..., trainer.threads=N, which=best, "
+                "evaluate takes data.KEY=..., task.KEY=..., trainer.threads=N, split=train, which=best, "
                 f"output=FOLDER and trust=true, not '{word}'"
             )
-    found = measure(folder, overrides, trust="trust=true" in overrides, which=which)  # type: ignore[arg-type]
-    for name, value in found.figures.scalars.items():
+    which, split = told["which"], told["split"]
+    found = measure(folder, overrides, trust="trust=true" in overrides, which=which, split=split)  # type: ignore[arg-type]
+    if split != "test":
+        yield found.parts.data.notes[-1]
+    for name, figure in found.figures.scalars.items():
         recorded = found.recorded.get(name)
-        agrees = "as recorded" if value == recorded else f"recorded: {recorded!r}"
-        yield f"{name} {value!r} ({percent(value)}, {agrees})"
-    place = output or folder.path / FOLDER
+        agrees = ", as recorded" if figure == recorded else f", recorded: {recorded!r}"
+        yield f"{name} {figure!r} ({percent(figure)}{agrees if split == 'test' else ''})"
+    place = Path(told["output"]) if told["output"] else evaluation_folder(folder, split)
     write_evaluation(found, place)
     yield f"where it errs: {place}"
-    if output is None:
+    if not told["output"] and split == "test":
         yield f"page: {write_run_page(folder)}"
 
 
@@ -135,6 +148,7 @@ def measure(
     *,
     trust: bool = False,
     which: Literal["last", "best"] = "last",
+    split: SplitName = "test",
 ) -> Evaluation:
     """Lets a finished run's student answer for the test data, and keeps an account of its errors.
 
@@ -143,10 +157,13 @@ def measure(
         words: overrides of its recipe that choose the data.
         trust: runs the code that the run folder names.
         which: of its students.
+        split: of its data: "val" is what was held out for choosing, "train" is seen as in testing.
 
     Raises:
-        UserError: as in `evaluate_run`.
+        UserError: as in `evaluate_run`, or there is no such split.
     """
+    if split not in get_args(SplitName):
+        raise UserError(f"split={split}: needs test, val or train")
     summary = folder.read_summary()
     damage = folder.damage()
     if damage is not None:
@@ -160,10 +177,11 @@ def measure(
     _check_classes(parts, student.config.get("class_names") or [], folder)
     if any(word.startswith(("data=", "data.name=")) for word in words):
         side.prepare = _as_trained(student, parts)
+    parts = replace(parts, data=_on(parts.data, split))
     check_outputs(parts, parts.sample(1))
     device = torch.device(summary["device"] if torch.cuda.is_available() else "cpu")
     loader = parts.loader(parts.data.test, shuffle=False, device=device)
-    account = _account(parts.task, student.class_names)
+    account = account_of(parts.task, student.class_names)
     teacher = parts.teacher and parts.teacher.to(device)
     if recipe.trainer.channels_last:
         as_channels_last(*(held.model for held in (side, teacher) if held is not None))
@@ -177,8 +195,52 @@ def measure(
 
         figures = evaluate(side.to(device), parts.task, loader, teacher, show, recipe.trainer.precision)
     loader.close()
-    recorded = student.config.get("figures", {})
-    return Evaluation(summary, tuple(words), parts, recorded, figures, account)
+    recorded = student.config.get("figures", {}) if split == "test" else {}
+    return Evaluation(summary, tuple(words), parts, recorded, figures, account, split, which)
+
+
+class LastEvaluation:
+    """Keeps an account of a run's last evaluation while it goes on, so that the student is asked once.
+
+    There is none of a run that was finished before, or that `trainer.patience` ended.
+    """
+
+    def __init__(self) -> None:
+        self._parts: Parts | None = None
+        self._account: Account | None = None
+
+    def __call__(self, parts: Parts) -> Look | None:
+        """The evaluation begins; see `diffkd.training.evaluation.Witness`."""
+        names = parts.data.class_names or tuple(map(str, range(parts.data.num_classes or 0)))
+        self._parts, self._account = parts, account_of(parts.task, names)
+        return None if self._account is None else self._account.add
+
+    def found(self, folder: RunFolder) -> Evaluation | None:
+        """What came of it, once the run has finished."""
+        if self._parts is None:
+            return None
+        summary = folder.read_summary()
+        figures = Figures(summary["last"], summary["arrays"])
+        return Evaluation(summary, (), self._parts, figures.scalars, figures, self._account)
+
+
+def evaluation_folder(folder: RunFolder, split: str) -> Path:
+    """Where an account goes: what the run's page shows is of the test data."""
+    return folder.path / (FOLDER if split == "test" else f"{FOLDER}-{split}")
+
+
+def _on(data: Data, split: SplitName) -> Data:
+    """The data with another split in the test split's place."""
+    if split == "test":
+        return data
+    if split == "val":
+        if data.val is None:
+            raise UserError("split=val: the run held no validation samples out (data.val_fraction)")
+        return data.on_validation()
+    seen = part_of(data.train, np.arange(len(data.train)), training=False)
+    how = "as in testing" if says(data.train, "part") else "as in training, for they know no other way"
+    note = f"{len(data.train):,} training samples, seen {how}"
+    return replace(data, test=seen, notes=(*data.notes, note))
 
 
 def write_evaluation(found: Evaluation, place: Path) -> None:
@@ -236,7 +298,8 @@ def _bar(recipe: Recipe, batches: int) -> Any:
     return Reporter(progress=recipe.trainer.progress, what="evaluating").bar(batches)
 
 
-def _account(task: Task, names: Sequence[str]) -> Account | None:
+def account_of(task: Task, names: Sequence[str]) -> Account | None:
+    """An empty account of a task's errors; None of a task of one's own, and of too many classes."""
     if not 0 < len(names) <= _MOST:
         return None
     if isinstance(task, Classification):

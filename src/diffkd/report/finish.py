@@ -6,6 +6,7 @@ from rich.console import Console
 
 from diffkd.errors import plain
 from diffkd.report.curves import draw_curves
+from diffkd.report.evaluation import LastEvaluation
 from diffkd.report.published import published_line
 from diffkd.report.run_page import finish_page
 from diffkd.report.summary import NARROW, summary_table
@@ -14,20 +15,21 @@ from diffkd.training.control import control_hint, find_control
 from diffkd.training.devices import is_first
 
 
-def finish(folder: RunFolder, *, quiet: bool = False) -> None:
+def finish(folder: RunFolder, last: LastEvaluation | None = None, *, quiet: bool = False) -> None:
     """Draws the curves, writes the page and prints the table of a run that has just ended.
 
     Of several processes the first does.
 
     Args:
         folder: of the run.
+        last: its last evaluation, where that was watched.
         quiet: prints nothing.
     """
     if not is_first():
         return
     summary = folder.read_summary()
     draw_curves(folder.read_history(), summary, folder.path / "curves.png")
-    written = finish_page(folder)
+    written = finish_page(folder, last)
     if quiet:
         return
     console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 120)

@@ -3,14 +3,14 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffkd.data.base import data_kept
 from diffkd.errors import UserError
 from diffkd.recipe.schema import load
 from diffkd.report.compare import Wanted
 from diffkd.report.compare import compare as run_all
-from diffkd.report.evaluation import FOLDER, measure, write_evaluation
+from diffkd.report.evaluation import LastEvaluation, SplitName, evaluation_folder, measure, write_evaluation
 from diffkd.report.finish import finish
 from diffkd.report.run_page import PAGE
 from diffkd.runs.console import Reporter
@@ -21,6 +21,10 @@ from diffkd.use.export import ExportOptions, Format, export
 from diffkd.use.predict import Predicted, predict
 from diffkd.use.student import Student, load_student
 
+if TYPE_CHECKING:
+    from diffkd.use.visualize import Shown
+
+Pictures = str | Path | Sequence[str | Path]
 OnEpoch = Callable[["Run", Mapping[str, float]], None]
 
 
@@ -76,15 +80,25 @@ class Run:
         """The run's page: curves, where the student errs, what to do next."""
         return self.folder / PAGE
 
-    def evaluate(self, output: str | Path | None = None, **overrides: Any) -> dict[str, float]:
+    def evaluate(
+        self,
+        output: str | Path | None = None,
+        *,
+        split: SplitName = "test",
+        which: Literal["last", "best"] = "last",
+        **overrides: Any,
+    ) -> dict[str, float]:
         """The student's figures on its test data, or on other data, 0 to 1; as `diffkd evaluate`.
 
         Args:
             output: the folder for where it errs; None is `evaluation/` in the run folder.
+            split: of the data: "val" is what was held out for choosing.
+            which: of the run's students.
             overrides: of the data: `data={"root": "photos"}`.
         """
-        found = measure(RunFolder(self.folder), list(words(overrides)), trust=self.trust)
-        write_evaluation(found, Path(output) if output else self.folder / FOLDER)
+        folder = RunFolder(self.folder)
+        found = measure(folder, list(words(overrides)), trust=self.trust, which=which, split=split)
+        write_evaluation(found, Path(output) if output else evaluation_folder(folder, split))
         return found.scalars
 
     def export(self, to: Format = "onnx", **options: Any) -> Path:
@@ -92,10 +106,33 @@ class Run:
         wanted = ExportOptions(to=to, trust=self.trust, **options)
         return export(str(self.folder), wanted, say=lambda line: None)
 
-    def predict(self, pictures: str | Path | Sequence[str | Path], output: str | None = None) -> Predicted:
-        """The student's answers for files, folders or patterns, as `diffkd predict` writes them."""
-        words = [pictures] if isinstance(pictures, str | Path) else pictures
-        return predict(str(self.folder), [str(word) for word in words], output, trust=self.trust)
+    def predict(self, pictures: Pictures, output: str | None = None, **options: Any) -> Predicted:
+        """The student's answers for files, folders or patterns, as `diffkd predict` writes them.
+
+        Args:
+            pictures: one or several.
+            output: the folder to write to; None is `predictions/` in the run folder.
+            options: `top`, `threshold` and `which`, as of `diffkd.use.predict.predict`.
+        """
+        return predict(str(self.folder), _listed(pictures), output, trust=self.trust, **options)
+
+    def visualize(
+        self, pictures: Pictures, output: str | None = None, *, which: Literal["last", "best"] = "last"
+    ) -> "Shown":
+        """The denoising of files, folders or patterns, as `diffkd visualize` draws it.
+
+        Args:
+            pictures: one or several.
+            output: the folder to write to; None is `denoising/` in the run folder.
+            which: of the run's students.
+        """
+        from diffkd.use.visualize import visualize
+
+        return visualize(str(self.folder), _listed(pictures), output, which=which, trust=self.trust)
+
+
+def _listed(pictures: Pictures) -> list[str]:
+    return [str(p) for p in ([pictures] if isinstance(pictures, str | Path) else pictures)]
 
 
 def distill(recipe: str, on_epoch: OnEpoch | None = None, **overrides: Any) -> Run:
@@ -117,8 +154,9 @@ def distill(recipe: str, on_epoch: OnEpoch | None = None, **overrides: Any) -> R
     reporter = Reporter(progress=wanted.trainer.progress)
     if on_epoch is not None:
         reporter.on_row = lambda row: on_epoch(run, row)
+    last = LastEvaluation()
     with data_kept():
-        finish(fit_with_control(wanted, reporter), quiet=True)
+        finish(fit_with_control(wanted, reporter, last), last, quiet=True)
     return run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffkd.errors import UserError, first_line
 from diffkd.report.comparison import FinishedRun, compare_runs
-from diffkd.report.evaluation import FOLDER, measure, write_evaluation
+from diffkd.report.evaluation import FOLDER, LastEvaluation, measure, write_evaluation
 from diffkd.report.page import page, text
 from diffkd.report.published import published_rows
 from diffkd.report.summary import percent
@@ -21,14 +21,19 @@ _ROWS = 40  # of a table, above which the rest is left to its CSV
 _PLAIN = ("pictures", "objects", "found", "false", "regions")
 
 
-def finish_page(folder: RunFolder) -> Path:
+def finish_page(folder: RunFolder, last: LastEvaluation | None = None) -> Path:
     """Looks where a finished run's student errs on its test data, and writes its page.
 
     Whatever stands in the way of the former is said on the page: the run is whole.
+
+    Args:
+        folder: of the run.
+        last: its last evaluation, where that was watched; else the student answers once more.
     """
     note = ""
     try:
-        write_evaluation(measure(folder, trust=True), folder.path / FOLDER)
+        found = last and last.found(folder)
+        write_evaluation(found or measure(folder, trust=True), folder.path / FOLDER)
     except Exception as error:
         first = first_line(error)
         note = f"Where the student errs could not be looked at: {first}"
@@ -116,6 +121,7 @@ def _errors(folder: RunFolder) -> Iterator[str]:
         return
     overrides = told.get("overrides") or []
     words = ", with " + " ".join(overrides) if overrides else ""
+    words += ", the best epoch's student" * (told.get("student") == "best")
     parts = [f"{told['pictures']:,} test pictures{words}"]
     parts += [f"{name} {percent(value)}" for name, value in told["figures"].items()]
     links = " ".join(

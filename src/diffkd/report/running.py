@@ -14,6 +14,7 @@ import torch
 
 from diffkd.errors import NotFiniteError, UserError
 from diffkd.recipe.schema import Recipe, dump
+from diffkd.report.evaluation import LastEvaluation
 from diffkd.report.finish import finish
 from diffkd.runs.console import Reporter
 from diffkd.runs.disk import saying_where
@@ -75,13 +76,14 @@ def _here(run: PlannedRun, told: set[str]) -> None:
     """In this process."""
     what = f"{run.label} {run.count}".rstrip()
     reporter = Reporter(progress=run.recipe.trainer.progress, quiet=True, what=what, told=told)
+    last = LastEvaluation()
     try:
-        fit(run.recipe, reporter)
+        fit(run.recipe, reporter, None if run.trial else last)
     except InterruptedRunError as error:
         line = f"stopped in {run.label}; saved; the same command goes on"
         raise InterruptedRunError(line, error.signal) from error
     if not run.trial:
-        finish(run.folder, quiet=True)
+        finish(run.folder, last, quiet=True)
 
 
 def _side_by_side(works: Sequence[Work], jobs: int, output: Path) -> None:

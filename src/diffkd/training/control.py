@@ -12,6 +12,7 @@ from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import Identity, changed, difference
 from diffkd.runs.places import check_folder
+from diffkd.training.evaluation import Witness
 from diffkd.training.fit import fit
 from diffkd.training.interrupt import InterruptedRunError
 
@@ -38,8 +39,15 @@ def control_recipe(recipe: Recipe, output: Path | None = None) -> Recipe:
     )
 
 
-def fit_with_control(recipe: Recipe, reporter: Reporter | None = None) -> RunFolder:
+def fit_with_control(
+    recipe: Recipe, reporter: Reporter | None = None, witness: Witness | None = None
+) -> RunFolder:
     """Runs a recipe, and after it its student alone where the recipe says `control` and no such run is there.
+
+    Args:
+        recipe: the run.
+        reporter: says what happens.
+        witness: of the distilled student's last evaluation.
 
     Raises:
         UserError: as in `fit`; the control's folder holds another run, and then nothing is run.
@@ -50,7 +58,7 @@ def fit_with_control(recipe: Recipe, reporter: Reporter | None = None) -> RunFol
     wanted = recipe.control and _compares(recipe)
     if wanted:
         check_folder(RunFolder(place), alone)
-    folder = fit(recipe, reporter)
+    folder = fit(recipe, reporter, witness)
     if wanted and _find(folder, recipe, recipe.name) is None:
         said = reporter or Reporter(progress=recipe.trainer.progress)
         said.note(f"student alone: training it for comparison, in {place}")

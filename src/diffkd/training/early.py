@@ -1,6 +1,5 @@
 """Which epoch is the best, what ends a run before its length, and what is told after each epoch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -15,6 +14,7 @@ from diffkd.recipe.training import TrainerRecipe
 from diffkd.runs.bar import ProgressBar
 from diffkd.runs.folder import History
 from diffkd.tasks.base import Task
+from diffkd.training.evaluation import Look
 from diffkd.training.length import Length
 from diffkd.training.meter import Place
 
@@ -81,19 +81,23 @@ def is_late(recipe: TrainerRecipe, place: Place, length: Length, fabric: Fabric)
     return float(longest) >= 60 * recipe.max_minutes
 
 
-def watching(bar: ProgressBar, loader: Loader, what: str = "") -> Callable[[Batch, Any], None]:
+def watching(bar: ProgressBar, loader: Loader, what: str = "", also: Look | None = None) -> Look:
     """What tells a bar of an evaluation, batch by batch.
 
     Args:
         bar: of the evaluation, or of something else beside which it is told.
         loader: of the evaluation.
         what: it is, in the latter case.
+        also: looks on, too.
     """
     batches = count(1)
 
     def show(batch: Batch, answers: Any) -> None:
+        if also is not None:
+            also(batch, answers)
         if what:
-            bar.aside(f"{what} {next(batches)}/{len(loader)}")
+            number = next(batches)
+            bar.aside(f"{what} {number}/{len(loader)}" if number < len(loader) else "")
         else:
             bar.step(1, len(batch.images) * loader.world_size)
             bar.show("", {})

@@ -6,12 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkd.assembly import Side
+from diffkd.assembly import Parts, Side
 from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.pictures.loading import Loader
 from diffkd.tasks.base import Figures, Task
 
+Look = Callable[[Batch, Any], None]  # is given a loader's batch and the answers for it
+
+
+# Is told of the evaluation of the student that ships, and gives what looks on, so that nobody need ask again.
+Witness = Callable[[Parts], Look | None]
 _REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -21,7 +26,7 @@ def evaluate(
     task: Task,
     loader: Loader,
     reference: Side | None = None,
-    show: Callable[[Batch, Any], None] | None = None,
+    show: Look | None = None,
     precision: str = "fp32",
 ) -> Figures:
     """The task's figures, 0 to 1, of a model over a whole split.

@@ -13,13 +13,19 @@ from diffkd.runs.folder import RunFolder
 from diffkd.runs.places import check_folder, check_identity, note_use
 from diffkd.training.checkpoint import keep_last
 from diffkd.training.devices import in_one_line, make_fabric, on_first
+from diffkd.training.evaluation import Witness
 from diffkd.training.ranks import ending_together
 from diffkd.training.teacher import make_teacher
 from diffkd.training.trainer import Trainer
 
 
-def fit(recipe: Recipe, reporter: Reporter | None = None) -> RunFolder:
+def fit(recipe: Recipe, reporter: Reporter | None = None, witness: Witness | None = None) -> RunFolder:
     """Runs a recipe: makes its teacher if the recipe says how, then trains the student.
+
+    Args:
+        recipe: the run.
+        reporter: says what happens.
+        witness: of the student's last evaluation.
 
     Raises:
         UserError: the recipe cannot be run, and nothing is written; or the run had to stop.
@@ -33,12 +39,13 @@ def fit(recipe: Recipe, reporter: Reporter | None = None) -> RunFolder:
         if recipe.trainer.devices == "auto" and fabric.world_size > 1:
             reporter.note(f"devices: all {fabric.world_size} that are here; trainer.devices=1 takes one")
         with cpu_threads(recipe.trainer.threads), data_kept():
-            return _fit(recipe, fabric, reporter)
+            return _fit(recipe, fabric, reporter, witness)
 
 
-def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter) -> RunFolder:
+def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter, witness: Witness | None = None) -> RunFolder:
     # The whole run is built before its teacher is trained: a mistake shows at once.
     trainer = Trainer(recipe, fabric, reporter)
+    trainer.witness = witness if fabric.world_size == 1 else None  # of several each sees a part
     with ExitStack() as held:
         for loader in (trainer.train_loader, trainer.test_loader):
             held.callback(loader.close)

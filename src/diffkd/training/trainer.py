@@ -1,7 +1,6 @@
 """The loop: step, validate, save, resume."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from diffkd.training.dryrun import try_step
 from diffkd.training.early import Choice, ended, is_late, watching
 from diffkd.training.ema import Ema
 from diffkd.training.ending import summary_of, write_best
-from diffkd.training.evaluation import evaluate
+from diffkd.training.evaluation import Look, Witness, evaluate
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.length import Length
 from diffkd.training.loggers import Loggers, check_loggers
@@ -48,6 +47,8 @@ class Trainer:
     Raises:
         UserError: the recipe cannot be run; nothing is written.
     """
+
+    witness: Witness | None = None  # of the last evaluation on the test data
 
     def __init__(self, recipe: Recipe, fabric: Fabric, reporter: Reporter) -> None:
         self.recipe, self.fabric, self.reporter = recipe, fabric, reporter
@@ -284,7 +285,8 @@ class Trainer:
         """Evaluates, writes a row of history, saves."""
         self._check_losses()
         self._check_weights(place)
-        figures = self._validate(self.test_loader, bar, "testing")
+        also = self.witness(self.parts) if self.witness and (late or place.step >= self.length.last) else None
+        figures = self._validate(self.test_loader, bar, "testing", also)
         held = {} if self.val_loader is None else self._validate(self.val_loader, bar, "validating").scalars
         place.scalars, place.arrays = list(figures.scalars), dict(figures.arrays)
         images = self.meter.count * self.train_loader.batch_size
@@ -309,20 +311,18 @@ class Trainer:
             self.loggers.log({f"epoch/{k}": v for k, v in row.items()}, place.step)
             self.reporter.row(row, self.choice.told(place.history, self.length, self.parts.task))
 
-    def _validate(self, loader: Loader, bar: ProgressBar, what: str) -> Figures:
+    def _validate(self, loader: Loader, bar: ProgressBar, what: str, also: Look | None = None) -> Figures:
         if self.fabric.world_size > 1:
             for buffer in self.shipped.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        figures = self._evaluate(self.shipped, loader, watching(bar, loader, what))
-        bar.aside("")
-        return figures
+        return self._evaluate(self.shipped, loader, watching(bar, loader, what, also))
 
     def _judge(self, teacher: Side) -> Figures:
         loader = self.test_loader
         with self.reporter.bar(len(loader), what="teacher's figures") as bar:
             return self._evaluate(teacher, loader, watching(bar, loader))
 
-    def _evaluate(self, side: Side, loader: Loader, show: Callable[[Batch, Any], None]) -> Figures:
+    def _evaluate(self, side: Side, loader: Loader, show: Look) -> Figures:
         task, teacher = self.parts.task, self.parts.teacher
         return evaluate(side, task, loader, teacher, show, precision=self.recipe.trainer.precision)
 
