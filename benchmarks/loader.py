@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffkd.data.base import Loader
-from diffkd.data.folder import _labelled
-from diffkd.data.table import _read
+from diffkd.data.folder import _folders, _labelled
+from diffkd.pictures.listed import read_list
 from diffkd.pictures.memory import ArraySplit
 from diffkd.pictures.scan import Scan
 
@@ -49,7 +49,7 @@ def main() -> None:
         folder = Path(place)
         write(folder, wanted.rows)
         measure(f"folder of {wanted.rows:,} files", lambda: scanned(folder / "train"))
-        measure(f"list of {wanted.rows:,} rows", lambda: _read(folder / "train.csv", None, None))
+        measure(f"list of {wanted.rows:,} rows", lambda: read_list(folder / "train.csv", None, None))
     split = StandIn(wanted.samples)
     measure(f"epoch start of {wanted.samples:,} samples", lambda: first(split))
     images = torch.zeros(wanted.samples, 1, 1, 1, dtype=torch.uint8)
@@ -77,7 +77,8 @@ def write(folder: Path, count: int) -> None:
 
 def scanned(folder: Path) -> Any:
     scan = Scan(folder)
-    return _labelled(scan, tuple(scan.folders()))
+    folders = _folders(scan)
+    return _labelled(scan, tuple(folders), folders)
 
 
 def measure(what: str, work: Callable[[], Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from diffkd.errors import UserError
 from diffkd.pictures import decoding
-from picture_cases import build, paint, tree
+from picture_cases import build, error, paint, tree
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,78 @@ def test_tables_as_others_write_them(tmp_path, text, names, encoding):
     assert (data.num_classes, data.class_names) == (2, names)
     assert [data.test[i][1] for i in range(4)] == ([0, 1, 1, 0] if ";" in text else [0, 1, 0, 1])
     assert data.train.source.paths == files
+
+
+def told(data, *words):
+    return any(all(word in note for word in words) for note in data.notes)
+
+
+def listing(root, *rows, header="path,label", name="train.csv"):
+    (root / name).write_text("\n".join([header, *rows]) + "\n")
+
+
+def test_paths_of_another_place_are_found_and_said(tmp_path):
+    tree(tmp_path / "img", count=2)
+    files = [f"{name}/{i}" for name in ("cat", "dog") for i in (0, 1)]
+    for start, words in (("C:\\data\\img\\", "'C:/data/' before"), ("/kaggle/img/", "'/kaggle/' before")):
+        listing(tmp_path, *[f"{start}{path}.png,{path[:3]}" for path in files])
+        data = build(tmp_path, "table")
+        assert told(data, words)
+        assert sorted(data.train.source.source.paths) == [f"img/{path}.png" for path in files]
+    listing(tmp_path, *[f"{path},{path[:3]}" for path in files], header="id,breed")
+    assert told(build(tmp_path, "table"), "paths begin in", "img'")
+    listing(tmp_path, "img/cat/0.png,cat", "/other/img/cat/1.png,cat")  # only what holds for all
+    assert "'/other/img/cat/1.png' in row 3" in error(tmp_path, "table")
+
+
+def test_what_tables_say_besides_is_used_or_said(tmp_path):
+    tree(tmp_path, count=4)
+    rows = [
+        f"{name}/{i}.png,{name} ,{'val' if i == 3 else 'Train'},7"
+        for name in ("cat", "dog")
+        for i in range(4)
+    ]
+    listing(tmp_path, *rows, "  ", "cat/3.png,cat,test,7", header="path,label,split,age")
+    data = build(tmp_path, "table")
+    assert (len(data.train), len(data.test), data.class_names) == (6, 2, ("cat", "dog"))
+    assert not data.test_held_out
+    assert told(data, "column of splits", "'train', 'val', not 'test'")
+    assert told(data, "'age' is not used")
+    assert told(data, "1 rows", "list a picture that another row lists")
+    listing(tmp_path, "cat/0.png,cat", "cat/0.png,dog", "dog/0.png,Dog", "dog/1.png,dog")
+    data = build(tmp_path, "table", val_fraction=0.5)
+    assert told(data, "1 rows", "1 with another label")
+    assert told(data, "'Dog' and 'dog' differ in capitals alone")
+    listing(tmp_path, "cat/0.png,0.5", "cat/1.png,0.5", "dog/0.png,1.5", "dog/1.png,1.5")
+    assert told(build(tmp_path, "table"), "taken for names of classes", "'0.5', '1.5'")
+
+
+def test_the_file_to_test_on_has_many_names_and_perhaps_no_labels(tmp_path):
+    tree(tmp_path, count=4)
+    listing(
+        tmp_path, *[f"{name}/{i}.png,{name}" for name in ("cat", "dog") for i in range(3)], name="Train.csv"
+    )
+    listing(tmp_path, "cat/3.png,cat", "dog/3.png,dog", name="validation.csv")
+    assert len(build(tmp_path, "table").test) == 2
+    listing(tmp_path, "0,cat/3.png", header="id,path", name="test.csv")
+    data = build(tmp_path, "table")
+    assert told(data, "'test.csv' has no labels, and is not used")
+    assert "no column 'label'" in error(tmp_path, "table", test_file="test.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"PK\3\4" + bytes(99), "it is a spreadsheet or an archive"),
+        ("path,label\n".encode("utf-16-le"), "holds zero bytes, as UTF-16 without its mark"),
+        (b'[{"path": "a.png"}]', "it is JSON"),
+        ("path,label\na.png,caf\xe9".encode("latin-1"), "not text in UTF-8"),
+    ],
+)
+def test_what_is_no_table_is_called_what_it_is(tmp_path, content, words):
+    (tmp_path / "train.csv").write_bytes(content)
+    assert words in error(tmp_path, "table")
 
 
 @pytest.fixture

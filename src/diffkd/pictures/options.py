@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -168,7 +168,17 @@ def class_notes(
     lacking = sorted(set(absent["test"]) - set(absent["training"]))
     if lacking:
         found.append(f"no test picture of {_classes(lacking, classes)}, which no figure counts")
-    return tuple(found)
+    return (*found, *_alike(classes))
+
+
+def _alike(names: Sequence[str]) -> Iterator[str]:
+    """A note on names of classes that differ in capitals alone."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(name.casefold(), name)
+        if other != name:
+            yield f"the classes '{other}' and '{name}' differ in capitals alone"
+            return
 
 
 def _classes(places: Sequence[int], names: Sequence[str]) -> str:

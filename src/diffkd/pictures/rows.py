@@ -7,6 +7,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+from diffkd.errors import UserError
+
+_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
 _BETWEEN = ",;\t|"
 _LOOKED_AT = 20  # lines
 
@@ -33,6 +36,27 @@ class Rows(NamedTuple):
         )
 
 
+def check_text(file: Path) -> None:
+    """Refuses what is no table in text.
+
+    Raises:
+        UserError: it is empty, or a spreadsheet, say.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(1024)
+    what = None
+    if not start.strip():
+        what = "it is empty"
+    elif start[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):
+        what = "it is a spreadsheet or an archive, no text: save it as CSV"
+    elif b"\0" in start and start[:2] not in _MARKS:
+        what = "it holds zero bytes, as UTF-16 without its mark does: save it as UTF-8"
+    elif start.lstrip()[:1] in (b"{", b"["):
+        what = "it is JSON, not a table with columns: save it as CSV"
+    if what is not None:
+        raise UserError(f"cannot read '{file}': {what}")
+
+
 @contextmanager
 def open_rows(file: Path) -> Iterator[Rows]:
     """A file's rows; lines that begin with # before the first one are comments.
@@ -42,7 +66,7 @@ def open_rows(file: Path) -> Iterator[Rows]:
         UnicodeDecodeError: it is not text in UTF-8, nor in UTF-16 with its mark.
     """
     with file.open("rb") as start:
-        encoding = "utf-16" if start.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        encoding = "utf-16" if start.read(2) in _MARKS else "utf-8-sig"
     with file.open(newline="", encoding=encoding) as lines:
         head = list(islice(lines, _LOOKED_AT))
         comments = next((i for i, line in enumerate(head) if line[:1] != "#"), len(head))
