@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from diffkd.data.base import Loader, builder
 from diffkd.errors import UserError
 from diffkd.maths.randomness import Draws
-from diffkd.pictures.memory import ArraySplit
+from diffkd.pictures.memory import ArraySplit, mix_batch
 from picture_cases import build, tree
 
 
@@ -111,16 +112,19 @@ def test_processes_divide_the_same_batches(processes, start):
     def finish(batch, generator):
         return batch._replace(targets=torch.rand(1, generator=generator))
 
-    def batches(**where):
+    def batches(finish=finish, **where):
         return list(Loader(Noisy(), 12, shuffle=True, finish=finish, **where).epoch(1, start))
 
     alone = batches()
+    for position, batch in enumerate(alone):  # without partners to meet, sample i is process i's, and so on
+        dealt = [batches(None, rank=r, world_size=processes)[position].indices for r in range(processes)]
+        assert torch.equal(torch.stack(dealt, 1).flatten(), batch.indices)
     shares = [batches(rank=rank, world_size=processes) for rank in range(processes)]
     assert len(alone) == len(shares[0]) == 3 - start
     for position, batch in enumerate(alone):
         parts = [share[position] for share in shares]
         assert {len(part.indices) for part in parts} == {12 // processes}
-        assert torch.equal(torch.stack([part.indices for part in parts], 1).flatten(), batch.indices)
+        assert sorted(torch.cat([part.indices for part in parts])) == sorted(batch.indices)
         assert all(torch.equal(part.targets, batch.targets) for part in parts)  # drawn for all at once
 
 
@@ -170,6 +174,48 @@ def test_a_sample_that_is_none_is_left_out():
     batches = list(Loader(Holes(), 4, shuffle=False).epoch())
     assert [b.indices.tolist() for b in batches[:2]] == [[0, 1, 2], [4, 5, 6, 7]]
     assert batches[2].indices[0] == 12
+    with pytest.raises(UserError, match="all samples of a training batch are None"):
+        list(Loader(Holes(), 1, shuffle=True).epoch())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_samples_warn_of_is_told_whichever_process_reads_them(workers):
+    class Odd(Noisy):
+        def __getitem__(self, index):
+            if index in (1, 6):
+                warnings.warn(f"sample {index} is odd\nvery", stacklevel=1)
+            if index == 7:
+                raise UserError("sample 7 is gone")
+            return super().__getitem__(index)
+
+    said = []
+    with warnings.catch_warnings(record=True) as raw, pytest.raises(UserError, match="sample 7 is gone"):
+        list(Loader(Odd(), 4, shuffle=False, workers=workers, say=said.append).epoch())
+    assert raw == []
+    assert said == ["sample 1 is odd", "sample 6 is odd"]
+
+
+@pytest.mark.parametrize(("processes", "size"), [(2, 8), (3, 12), (2, 20)])
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+@pytest.mark.parametrize("kind", [of_arrays, of_files])
+def test_mixed_pictures_are_the_same_on_any_number_of_processes(tmp_path, kind, alphas, processes, size):
+    split = kind(tmp_path)
+
+    def mixed(**where):
+        loader = Loader(
+            split, size, shuffle=True, finish=lambda b, draw: mix_batch(b, 4, *alphas, draw), **where
+        )
+        batches = list(loader.epoch(1))
+        rows = zip(*(torch.cat([b[part] for b in batches]) for part in range(3)), strict=True)
+        return len(batches), {int(index): (image, target) for image, target, index in rows}
+
+    count, whole = mixed()
+    shares = [mixed(rank=rank, world_size=processes) for rank in range(processes)]
+    assert {share[0] for share in shares} == {count}
+    assert len({len(share[1]) for share in shares}) == 1
+    together = {index: row for _, share in shares for index, row in share.items()}
+    assert together.keys() == whole.keys()
+    assert all(torch.equal(a, b) for i in whole for a, b in zip(whole[i], together[i], strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

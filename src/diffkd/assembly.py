@@ -66,13 +66,18 @@ class Side:
 
 @dataclass
 class Parts:
-    """What a recipe names, built."""
+    """What a recipe names, built.
+
+    Attributes:
+        say: is told what samples warn of; None makes Python's own warnings of it.
+    """
 
     recipe: Recipe
     data: Data
     task: Task
     student: Side
     teacher: Side | None
+    say: Callable[[str], None] | None = None
 
     @cached_property
     def training(self) -> Split:
@@ -91,6 +96,7 @@ class Parts:
             collate=self.data.collate,
             finish=self._mix() if shuffle else None,
             labelled=len(self.data.train) if self.data.unlabelled is not None and shuffle else None,
+            say=self.say,
             **{"workers": self.recipe.data.workers, **where},
         )
 
@@ -119,7 +125,7 @@ class Parts:
     def first_targets(self, split: Split) -> Any:
         """The targets of a split's first samples; None where they carry none."""
         count = min(_FIRST, len(split))
-        rows = Loader(split, count, shuffle=False, seed=self.recipe.seed, collate=self.data.collate)
+        rows = self.loader(split, shuffle=False, batch_size=count, workers=0)
         return next((batch.targets for batch in rows.epoch()), None)
 
     def notes(self) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -254,6 +255,7 @@ def main() -> None:
     # Of several processes the last to leave would show how a connection ended, with stack frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _end_with_parent()
+    warnings.formatwarning = _warning
     try:
         app()
     except UserError as error:
@@ -283,9 +285,19 @@ def _end_with_parent() -> None:
         raise SystemExit(128 + signal.SIGTERM)
 
 
+def _warning(message: Warning | str, kind: type[Warning], *_: object) -> str:
+    """How Python's warnings look: one line, without a place in the code, which says a user nothing."""
+    return f"warning: {plain(str(message).partition(chr(10))[0])}\n"
+
+
 def _stop(line: str, status: int) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # of several processes one speaks
         print(plain(line), file=sys.stderr)
+    if "diffkd.training.ranks" in sys.modules:
+        from diffkd.training.ranks import is_one_of_several, leave
+
+        if is_one_of_several():
+            leave(status)
     raise SystemExit(status)
 
 

@@ -1,5 +1,6 @@
 """Splits of a data set, and the loader that deals their samples out in a repeatable order."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -37,7 +38,7 @@ class Samples(Protocol):
     """A map-style data set: `samples[i]` is `(image, target)`, an image `(C, H, W)`.
 
     What is random in it is drawn from PyTorch's, Python's and NumPy's own generators, which the loader
-    seeds for every sample. A sample that is None is left out of its batch.
+    seeds for every sample. A sample that is None is left out of its batch, of which one has to be left.
     """
 
     def __len__(self) -> int: ...
@@ -67,8 +68,12 @@ class Loader:
             depends on `(seed, epoch, batch)`: mixup, say.
         labelled: so many samples, the first of the split, carry labels: every batch has its share of them,
             and every process of the batch's; None does not tell them apart.
-        rank, world_size: this process's share: every `world_size`-th sample of every batch.
+        rank, world_size: this process's share: every `world_size`-th sample of every batch. With `finish`,
+            samples `i` and `B - 1 - i` of a batch stay on one process where the batch can be divided so:
+            what mixup brings together is the same on any number of processes.
         workers: loader processes of map-style data sets; batched splits need none.
+        say: is told what samples warn of (a picture that is skipped, say), whichever process reads them;
+            None makes Python's own warnings of it.
 
     Raises:
         UserError: a batch to be shuffled is larger than the split, or cannot be divided equally.
@@ -88,13 +93,14 @@ class Loader:
         labelled: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         if shuffle:
             _check_batch_size(batch_size, world_size, len(split))
         self.device = device or torch.device("cpu")
         self.split = split.to(self.device) if isinstance(split, BatchedSplit) else split
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.rank, self.world_size, self.finish = rank, world_size, finish
+        self.rank, self.world_size, self.finish, self.say = rank, world_size, finish, say or warnings.warn
         self.labelled = labelled
         self._plan = _Plan()
         self._workers: DataLoader[Any] | None = None
@@ -139,9 +145,15 @@ class Loader:
             return
         assert self._workers is not None
         self._plan.fill((_Share(self.seed, number, share.numpy()) for share in shares), len(self) - start)
-        for batch in self._workers:
+        for batch, said in self._workers:
+            for line in said:
+                self.say(line)
             if isinstance(batch, UserError):
                 raise UserError(str(batch))  # a new one: the frame must not hold what holds the frame
+            if batch is None and self.shuffle:  # a step that one process leaves out would hold up the others
+                raise UserError(
+                    "all samples of a training batch are None: leave such samples out of the data"
+                )
             if batch is not None:
                 yield to_device(batch, self.device)
 
@@ -155,8 +167,15 @@ class Loader:
                 order = evenly_labelled(order, self.labelled, self.batch_size)
         for batch in range(start, len(self)):
             samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            if len(share := samples[self.rank :: self.world_size]):
+            if len(share := samples[self._places(len(samples))]):
                 yield share
+
+    def _places(self, count: int) -> Tensor:
+        """This process's places in a batch of so many samples."""
+        places = torch.arange(count)
+        if self.finish is not None and self.labelled is None and count % (2 * self.world_size) == 0:
+            return places[torch.minimum(places, count - 1 - places) % self.world_size == self.rank]
+        return places[self.rank :: self.world_size]
 
 
 def _check_batch_size(batch_size: int, processes: int, count: int) -> None:
@@ -208,27 +227,41 @@ class _Seeded(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitems__(self, share: _Share) -> list[tuple[Any, int]] | UserError:
-        """Samples and their indices; a whole batch at once, for generators are saved once a batch."""
+    def __getitems__(self, share: _Share) -> "_Read":
+        """A batch's samples and their indices; at once, for generators are saved once a batch."""
+        with generators_kept(), warnings.catch_warnings(record=True) as caught:
+            rows = self._rows(share)
+        return _Read(rows, [str(warning.message).partition("\n")[0] for warning in caught])
+
+    def _rows(self, share: _Share) -> list[tuple[Any, int]] | UserError:
         rows = []
-        with generators_kept():
-            for index in share.indices.tolist():
-                seed_sample(mix(share.seed, share.epoch, index))
-                try:
-                    rows.append((self.samples[index], index))
-                except UserError as error:
-                    # as a value: raised in a loader process, it would come with a traceback for a message
-                    return error
-                except Exception as error:  # of a data set of somebody's own
-                    return UserError(f"sample {index} of the data cannot be had: {told(error)}")
+        for index in share.indices.tolist():
+            seed_sample(mix(share.seed, share.epoch, index))
+            try:
+                rows.append((self.samples[index], index))
+            except UserError as error:
+                # as a value: raised in a loader process, it would come with a traceback for a message
+                return error
+            except Exception as error:  # of a data set of somebody's own
+                return UserError(f"sample {index} of the data cannot be had: {told(error)}")
         return rows
+
+
+class _Read(NamedTuple):
+    """Samples with their indices, or why there are none; and what reading them warned of."""
+
+    rows: list[tuple[Any, int]] | UserError
+    said: list[str]
 
 
 class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Batch] | None) -> None:
         self.collate = collate or default_collate
 
-    def __call__(self, rows: list[tuple[Any, int]] | UserError) -> Batch | UserError | None:
+    def __call__(self, read: _Read) -> tuple[Batch | UserError | None, list[str]]:
+        return self._batch(read.rows), read.said
+
+    def _batch(self, rows: list[tuple[Any, int]] | UserError) -> Batch | UserError | None:
         if isinstance(rows, UserError):
             return rows
         rows = [row for row in rows if row[0] is not None]

@@ -58,7 +58,8 @@ class DataRecipe(OpenSection):
         unlabelled: a folder of pictures without labels, which methods learn from beside the training samples.
             An epoch has all of both; every batch has its share of labelled ones.
         mixup, cutmix: parameters of their Beta distributions; 0 leaves them out. The share and the kind
-            are drawn for a batch; each device mixes its own part of it.
+            are drawn for a batch; several devices mix the same pictures as one, where the batch can be
+            divided by twice their number.
     """
 
     name: str

@@ -36,6 +36,7 @@ class Reporter:
         self.told = set() if told is None else told
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.log: Callable[[str], None] | None = None
+        self._early: list[str] = []  # said before there was a log
         self.on_row: Callable[[Mapping[str, float]], None] | None = None
         self._progress, self._what = progress, what
         self._bar = progress and (sys.stderr.isatty() or self.console.is_jupyter)
@@ -54,8 +55,11 @@ class Reporter:
             return
         if aloud:
             self.console.print(plain(line), style=style, markup=False)
+        self._early.append(line)
         if self.log is not None:
-            self.log(line)
+            for early in self._early:
+                self.log(early)
+            self._early.clear()
 
     def record(self, line: str) -> None:
         """Writes a line to the log; the terminal sees it only where a bar does not stand for it."""

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import nn
 
@@ -74,9 +75,14 @@ def fuses(fabric: Fabric, trainer: TrainerRecipe) -> bool:
     return fabric.device.type == "cuda" and not scaled_and_clipped
 
 
+def is_alone() -> bool:
+    """Whether this is the only process of a command."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+
+
 def is_first() -> bool:
     """Whether this is the only process of a command, or the first of several: the one that reports."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return is_alone() or torch.distributed.get_rank() == 0
 
 
 @contextmanager
@@ -126,7 +132,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
             f"trainer.devices={wanted.devices}: there are {count} {wanted.accelerator} device(s) here"
         )
     try:
-        return Fabric(
+        fabric = Fabric(
             accelerator=wanted.accelerator,
             devices=wanted.devices,
             num_nodes=wanted.num_nodes,
@@ -135,3 +141,36 @@ def make_fabric(recipe: Recipe) -> Fabric:
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"trainer: {first_line(error)}") from error
+    _check_meeting(fabric, wanted.num_nodes)
+    return fabric
+
+
+def _check_meeting(fabric: Fabric, machines: int) -> None:
+    """Refuses several machines of which none is told where the first one is: they would wait for ever."""
+    place = getattr(fabric.strategy, "cluster_environment", None)
+    lacking = [key for key in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if key not in os.environ]
+    if machines > 1 and isinstance(place, LightningEnvironment) and lacking:
+        raise UserError(
+            f"trainer.num_nodes={machines}: set {', '.join(lacking)} on each machine (the first one's "
+            "address, a free port of it, 0 to N-1), or start them with srun or torchrun"
+        )
+
+
+def launch(fabric: Fabric, say: Callable[[str], None]) -> None:
+    """Starts this machine's processes and waits until all of the run have met.
+
+    Args:
+        fabric: not launched yet.
+        say: is told whom it waits for, where that is not this machine alone.
+
+    Raises:
+        UserError: they cannot meet.
+    """
+    machines = getattr(fabric.strategy, "num_nodes", 1)
+    where = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', 'a free port')}"
+    if machines > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"waiting at {where} for all {machines} machines (trainer.num_nodes)")
+    try:
+        fabric.launch()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"the processes of this run cannot meet at {where}: {first_line(error)}") from error

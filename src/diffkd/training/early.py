@@ -15,6 +15,7 @@ from diffkd.runs.bar import ProgressBar
 from diffkd.runs.folder import History
 from diffkd.tasks.base import Task
 from diffkd.training.evaluation import Look
+from diffkd.training.interrupt import StopRequest
 from diffkd.training.length import Length
 from diffkd.training.meter import Place
 
@@ -79,6 +80,25 @@ def is_late(recipe: TrainerRecipe, place: Place, length: Length, fabric: Fabric)
     longest = fabric.all_reduce(torch.tensor(place.elapsed, device=fabric.device), reduce_op="max")
     assert isinstance(longest, Tensor)
     return float(longest) >= 60 * recipe.max_minutes
+
+
+def is_asked(stop: StopRequest, recipe: TrainerRecipe, place: Place, fabric: Fabric) -> bool:
+    """Whether the run was asked to stop. Several processes agree as on their time.
+
+    Args:
+        stop: learns the signal that came to any of them.
+        recipe: `log_every`.
+        place: where it is.
+        fabric: launched.
+    """
+    if fabric.world_size == 1:
+        return stop.signal is not None
+    if place.step % recipe.log_every:
+        return False
+    signal = fabric.all_reduce(torch.tensor(float(stop.signal or 0), device=fabric.device), reduce_op="max")
+    assert isinstance(signal, Tensor)
+    stop.signal = int(signal) or None
+    return stop.signal is not None
 
 
 def watching(bar: ProgressBar, loader: Loader, what: str = "", also: Look | None = None) -> Look:

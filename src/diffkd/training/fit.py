@@ -12,7 +12,7 @@ from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.places import check_folder, check_identity, note_use
 from diffkd.training.checkpoint import keep_last
-from diffkd.training.devices import in_one_line, make_fabric, on_first
+from diffkd.training.devices import in_one_line, launch, make_fabric, on_first
 from diffkd.training.evaluation import Witness
 from diffkd.training.ranks import ending_together
 from diffkd.training.teacher import make_teacher
@@ -34,7 +34,7 @@ def fit(recipe: Recipe, reporter: Reporter | None = None, witness: Witness | Non
     reporter = reporter or Reporter(progress=recipe.trainer.progress)
     fabric = make_fabric(recipe)
     with ending_together(fabric), in_one_line(recipe):
-        fabric.launch()
+        launch(fabric, reporter.note)
         reporter.active = reporter.active and fabric.is_global_zero
         if recipe.trainer.devices == "auto" and fabric.world_size > 1:
             reporter.note(f"devices: all {fabric.world_size} that are here; trainer.devices=1 takes one")

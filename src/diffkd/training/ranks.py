@@ -1,6 +1,7 @@
 """Several processes of one run end together: an error is said once, whichever of them met it."""
 
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -16,10 +17,12 @@ from lightning.fabric import Fabric
 from torch._C._distributed_c10d import TCPStore
 
 from diffkd.errors import UserError
+from diffkd.training.devices import is_alone
 from diffkd.training.interrupt import InterruptedRunError
 
 LOOK = 0.5  # seconds between two looks at the others
 SILENCE = 30.0  # seconds without a sign of life after which a process counts as gone
+MEETING = 600.0  # seconds that the first machine waits for the others at the start
 _GONE = "another process of this run has ended (killed, or out of memory); the last checkpoint is whole"
 _TORN = ("gloo", "nccl", "connection", "socket", "broken pipe", "tcpstore", "processgroup", "peer")
 
@@ -48,6 +51,8 @@ def ending_together(fabric: Fabric) -> Iterator[None]:
     except BaseException as error:
         watch.over.set()
         words = watch.last_words(error)
+        if fabric.global_rank != 0 and isinstance(words, SystemExit):
+            leave(words.code)  # type: ignore[arg-type]
         if words is error:
             raise
         raise words from error
@@ -68,6 +73,7 @@ class _Watch(threading.Thread):
         _runs += 1  # every process counts the same runs, so that the runs' keys do not meet
         self.fabric, self.prefix = fabric, f"diffkd/{_runs}"
         self.over = threading.Event()
+        self._since = time.monotonic()
         self._store: Any = None
         self._signs: dict[int, tuple[int, float]] = {}
 
@@ -90,6 +96,8 @@ class _Watch(threading.Thread):
                 self._store.add(self._key("left"), 1)
                 self._leave(None, json.loads(self._store.get(self._key("end")))["status"])
             self._check_signs()
+        elif not torch.distributed.is_initialized() and time.monotonic() - self._since > MEETING:
+            self._leave(f"not all processes of this run came within {MEETING / 60:g} minutes", 2)
         if any(child.poll() for child in _children):
             time.sleep(2 * LOOK)  # its last words may be under way
             if self._store is None or not self._store.check([self._key("end")]):
@@ -119,19 +127,14 @@ class _Watch(threading.Thread):
             return
         if line is not None and self._claimed():
             print(f"error: {line}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        until = time.monotonic() + 10 * LOOK
-        for child in _children:  # they may have something left to say
-            with suppress(TimeoutExpired):
-                child.wait(max(until - time.monotonic(), 0))
-            with suppress(OSError):
-                child.kill()
-        os._exit(status)
+            self._tell(status)
+        leave(status)
 
     # --- when it ends in an error ----------------------------------------------------------------
 
     def last_words(self, error: BaseException) -> BaseException:
         """Tells the others that this process ends; what it is to raise, which says nothing if they did."""
+        _adopt(self.fabric)
         torn = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TORN)
         if torn:
             time.sleep(2 * LOOK)  # whoever tore the connection may have said why
@@ -142,14 +145,23 @@ class _Watch(threading.Thread):
         if status == 2 and self.fabric.global_rank != 0:  # the command line speaks for the first process
             print(f"error: {error}", file=sys.stderr, flush=True)
             error = SystemExit(status)
+        self._tell(status)
         with suppress(Exception):
-            self._store.set(self._key("end"), json.dumps({"status": status}))
             until = time.monotonic() + 10 * LOOK
             while time.monotonic() < until:  # the first process keeps the store: it leaves last
-                if self._store.add(self._key("left"), 0) >= self.fabric.world_size - 1:
+                gone = bool(_children) and all(child.poll() is not None for child in _children)
+                if gone or self._store.add(self._key("left"), 0) >= self.fabric.world_size - 1:
                     break
                 time.sleep(LOOK / 5)
+        if not torch.distributed.is_initialized():  # they would look for this process for long
+            for child in _children:
+                child.kill()
         return error
+
+    def _tell(self, status: int) -> None:
+        """Has the others leave, too."""
+        with suppress(Exception):
+            self._store.set(self._key("end"), json.dumps({"status": status}))
 
     def _claimed(self) -> bool:
         """Whether this process is the first that has something to say."""
@@ -160,6 +172,29 @@ class _Watch(threading.Thread):
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}"
+
+
+def is_one_of_several() -> bool:
+    """Whether other processes belong to this run, also where they have not met yet."""
+    return bool(_children) or not is_alone()
+
+
+def leave(status: int) -> None:
+    """Ends this process now, and with it those that it started, which may say their last words before.
+
+    Python's own way out would take seconds, and may wait for processes that are gone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for loader in multiprocessing.active_children():
+        loader.terminate()
+    until = time.monotonic() + 4 * LOOK
+    for child in _children:
+        with suppress(TimeoutExpired):
+            child.wait(max(until - time.monotonic(), 0))
+        with suppress(OSError):
+            child.kill()
+    os._exit(status)
 
 
 def _adopt(fabric: Fabric) -> None:

@@ -1,6 +1,7 @@
 """The loop: step, validate, save, resume."""
 
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from diffkd.training.balance import Balance
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state, unwrapped
 from diffkd.training.devices import as_channels_last, expect_unused, fuses, gathered, on_first
 from diffkd.training.dryrun import try_step
-from diffkd.training.early import Choice, ended, is_late, watching
+from diffkd.training.early import Choice, ended, is_asked, is_late, watching
 from diffkd.training.ema import Ema
 from diffkd.training.ending import summary_of, write_best
 from diffkd.training.evaluation import Look, Witness, evaluate
@@ -57,6 +58,8 @@ class Trainer:
         on_first(fabric, lambda: check_folder(self.folder, recipe))
         seed_everything(recipe.seed)
         self.parts = parts = assemble(recipe, with_teacher=bool(recipe.method))
+        self._heard: list[str] = []  # in another process than the first, which does not speak
+        parts.say = reporter.warn if fabric.is_global_zero else self._heard.append
         on_first(fabric, lambda: check_identity(self.folder, parts.identity, reporter.warn))
         sample = parts.sample(2)
         self.agreement = sample.targets is None
@@ -212,9 +215,9 @@ class Trainer:
         if place.step % trainer.log_every == 0:
             self._look(place, bar)
         self._tick(place)
-        late = is_late(self.recipe.trainer, place, self.length, self.fabric)
+        late = is_late(trainer, place, self.length, self.fabric)
         row = self.length.evaluates(place.step) or late
-        stopping = self._agreed(stop, place)
+        stopping = is_asked(stop, trainer, place, self.fabric)
         if row:
             self._add_row(place, bar, late)
         elif stopping or (trainer.save_every is not None and place.step % trainer.save_every == 0):
@@ -306,6 +309,9 @@ class Trainer:
         place.ended = ended(self.recipe.trainer, self.choice, place, late)
         self.meter = Meter({})
         self._save(place)
+        for line in chain.from_iterable(gathered(self.fabric, self._heard)):
+            self.reporter.warn(line)
+        self._heard.clear()
         if self.fabric.is_global_zero:
             self.folder.append_history(place.history)
             self.loggers.log({f"epoch/{k}": v for k, v in row.items()}, place.step)
@@ -327,16 +333,6 @@ class Trainer:
         return evaluate(side, task, loader, teacher, show, precision=self.recipe.trainer.precision)
 
     # --- saving ----------------------------------------------------------------------------------
-
-    def _agreed(self, stop: StopRequest, place: Place) -> bool:
-        """Whether to stop now. Several processes agree at the steps at which they look anyway."""
-        if self.fabric.world_size == 1:
-            return stop.signal is not None
-        if place.step % self.recipe.trainer.log_every:
-            return False
-        asked = torch.tensor(float(stop.signal or 0), device=self.fabric.device)
-        stop.signal = int(self._all_reduce(asked, "max")) or None
-        return stop.signal is not None
 
     def _stop(self, place: Place, stop: StopRequest) -> None:
         assert stop.signal is not None
