@@ -109,5 +109,6 @@ def _needed(folder: Path) -> Path:
     beside = inside(folder.parent) if folder.parent.is_dir() else []
     alike = [there for there in beside if there.lower() == folder.name.lower()]
     if folder.name not in beside and len(alike) != 1:
-        raise UserError(f"no folder '{folder.name}' in '{folder.parent}'; {_WAY}")
+        there = f" (there: {quoted(beside, 6)})" * bool(beside)
+        raise UserError(f"no folder '{folder.name}' in '{folder.parent}'{there}; {_WAY}")
     return folder if folder.name in beside else folder.with_name(alike[0])

@@ -28,6 +28,8 @@ class JointOptions:
         min_scale, max_scale: a picture is first resized by a factor drawn between the two.
         flip: mirror left and right at random; turn it off where that changes the class.
         photometric: change brightness, contrast, saturation and hue at random.
+        max_corrupt: how many unreadable pictures of a split are skipped, each with a warning; the next one
+            more stops the run.
 
     Raises:
         UserError: an option is out of its range.
@@ -38,8 +40,11 @@ class JointOptions:
     max_scale: float = 2.0
     flip: bool = True
     photometric: bool = True
+    max_corrupt: int = 0
 
     def __post_init__(self) -> None:
+        if self.max_corrupt < 0:
+            raise UserError(f"data.max_corrupt={self.max_corrupt} is negative")
         if not 0 < self.min_scale <= self.max_scale:
             raise UserError(
                 f"data.min_scale={self.min_scale}, data.max_scale={self.max_scale}: "

@@ -18,7 +18,7 @@ from diffkd.batch import UNLABELLED, Batch
 from diffkd.errors import UserError
 from diffkd.pictures.count import Count, Masked, count
 from diffkd.pictures.decoding import decode, loses, opened, unreadable
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Source
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, Source
 from diffkd.pictures.joint import VOID, JointOptions, size_of
 from diffkd.pictures.look import Placed, look_over
 from diffkd.pictures.options import quoted
@@ -127,6 +127,8 @@ def read_mask(place: Path, coloured: bool = False) -> np.ndarray:
     if values.dtype.kind == "f":
         raise UserError(f"mask '{place}' holds fractions; save it with 8 or 16 bits")
     values = values.astype(np.int64)
+    if values.min(initial=0) < 0:
+        raise UserError(f"mask '{place}' holds the value {values.min()}; masks hold 0 and more, 255 is void")
     if values.ndim == 2 or mode == "LA":
         return values if values.ndim == 2 else values[..., 0]
     red, green, blue = values[..., 0], values[..., 1], values[..., 2]
@@ -180,14 +182,15 @@ def _by_name(scan: Scan) -> dict[str, Path]:
     return found
 
 
-class MaskedPictures:
+class MaskedPictures(Pictures):
     """Map-style samples `(image (3, H, W) uint8, label map (H, W) int64)`, 255 for void.
 
     Args:
         source: the pictures and their masks.
         table: what the masks mean.
-        view: changes picture and mask together; None leaves them.
+        view: changes picture and mask together, to train on; None leaves them, to test on.
         levels: see `decode`.
+        max_corrupt: how many unreadable ones are put up with.
     """
 
     def __init__(
@@ -196,26 +199,31 @@ class MaskedPictures:
         table: ClassTable,
         view: Callable[[Any], Any] | None = None,
         levels: tuple[int, int] | None = None,
+        max_corrupt: int = 0,
     ) -> None:
-        self.source, self.table, self.view, self.levels = source, table, view, levels
-
-    def __len__(self) -> int:
-        return len(self.source)
+        kept: Any = {"leave_out": view is None, "levels": levels}
+        super().__init__(source, view, max_corrupt, **kept)  # type: ignore[arg-type]
+        self.masked, self.table, self.view = source, table, view
 
     def part(self, places: np.ndarray, *, training: bool) -> "MaskedPictures":
         """The pictures at some places `(n,)`, changed as these are or whole."""
-        view = self.view if training else None
-        return MaskedPictures(SomeMasked(self.source, places), self.table, view, self.levels)
+        some, view = SomeMasked(self.masked, places), self.view if training else None
+        return MaskedPictures(some, self.table, view, self.levels, self.max_corrupt)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample.
+    def picture(self, place: int) -> tuple[str, Path]:
+        """What an error calls the picture at a place, and its file."""
+        path = self.masked.picture(place)
+        return str(path), path
+
+    def sample(self, place: int) -> tuple[Tensor, Tensor]:
+        """Picture and label map at a place.
 
         Raises:
             UserError: the picture or the mask cannot be read.
         """
-        place = self.source.picture(index)
-        image = v2.pil_to_tensor(decode(place, str(place), levels=self.levels))
-        mask = torch.from_numpy(self.table.labels(self.source.codes(index)))
+        name, path = self.picture(place)
+        image = v2.pil_to_tensor(decode(path, name, levels=self.levels))
+        mask = torch.from_numpy(self.table.labels(self.masked.codes(place)))
         return _seen(image, mask, self.view)
 
     def unlabelled(self, source: Source) -> "Unmasked":
@@ -310,8 +318,8 @@ def masked_splits(
     looked = look_over(*(Placed(len(split), split.picture) for split in (train, test)))
     notes += looked.notes + shared_pictures((len(train), train.picture), (len(test), test.picture))
     return {
-        "train": MaskedPictures(train, table, options.view(size), looked.levels),
-        "test": MaskedPictures(test, table, None, looked.levels),
+        "train": MaskedPictures(train, table, options.view(size), looked.levels, options.max_corrupt),
+        "test": MaskedPictures(test, table, None, looked.levels, options.max_corrupt),
         "view": TestView("whole", levels=looked.levels),
         "num_classes": len(table.names),
         "image_shape": (3, *size),

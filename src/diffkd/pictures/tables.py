@@ -1,9 +1,11 @@
 """Class tables of masks: which value or colour of a mask's pixel means which class."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,19 +106,20 @@ def named(lines: Sequence[str]) -> tuple[tuple[str, ...], dict[int, int] | None]
 def read_table(place: Path) -> tuple[tuple[str, ...], dict[int, int] | None]:
     """The names of a file's classes, and what its codes mean; None where it says names alone.
 
-    One class a line: its name; or the value and the name; or red, green, blue and the name; separated by
-    spaces, tabs, commas or semicolons. Classes are numbered in their order; lines of one name are one
-    class; the names `void` and `ignore` are no classes.
+    One class a line: its name; or the value and the name; or red, green, blue and the name, or `#rrggbb`;
+    separated by spaces, tabs, commas, semicolons, colons or equals signs, a colour before its name or
+    after. Or JSON of the same: a list of names, or a mapping from names or values. Classes are numbered in
+    their order; lines of one name are one class; the names `void` and `ignore` are no classes.
 
     Raises:
         UserError: the file cannot be read, or its lines are not alike.
     """
     try:
-        lines = [line.strip() for line in place.read_text("utf-8-sig").splitlines()]
+        text = place.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "save it as UTF-8 text"
         raise UserError(f"'{place}' cannot be read as a list of classes: {reason}") from error
-    rows = [_row(line) for line in lines if line and not line.startswith("#")]
+    rows = [_row(line) for line in _lines(text, place) if line and (line[0] != "#" or _HEX.search(line))]
     negative = next((name for _, name in rows if re.match(r"-\d+\b", name)), None)
     if negative is not None:
         raise UserError(f"'{place}': the line '{negative}' has a negative value; masks hold 0 and more")
@@ -145,13 +148,57 @@ def read_table(place: Path) -> tuple[tuple[str, ...], dict[int, int] | None]:
     return names, codes
 
 
+_HEX = re.compile(r"#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})\b", re.IGNORECASE)
+_BRACKETS = re.compile(r"[\[(]([\d\s,;]+)[\])]")
+
+
+def _lines(text: str, place: Path) -> list[str]:
+    """A file's lines; those of JSON as if they were written in lines."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return [re.sub(r"^- +", "", line.strip()) for line in text.splitlines()]
+    try:
+        found = json.loads(text)
+        if isinstance(found, list):
+            return [name if isinstance(name, str) else _told_in(name) for name in found]
+        return [
+            f"{_plain(value)} {key}" if not isinstance(value, str) else f"{key} {value}"
+            for key, value in found.items()
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{place}' is no list of classes in JSON: names, or names with values or colours"
+        ) from error
+
+
+def _told_in(record: dict[str, Any]) -> str:
+    """A record of a class as a line."""
+    keys = ("value", "id", "color", "colour", "rgb")
+    return f"{_plain(next(record[key] for key in keys if key in record))} {record['name']}"
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _row(line: str) -> tuple[list[int], str]:
-    """The numbers of a line and its name."""
-    if "," in line or ";" in line:
-        fields = [field.strip() for field in re.split("[,;]", line)]
+    """The numbers of a line and its name.
+
+    >>> _row("0: road"), _row("road:128,64,0::"), _row("(128, 64, 0) road"), _row("level 2: low")
+    (([0], 'road'), ([128, 64, 0], 'road'), ([128, 64, 0], 'road'), ([], 'level 2: low'))
+    """
+    if (found := _HEX.search(line)) is not None:
+        parts = [int(part, 16) for part in found.groups()]
+    elif (found := _BRACKETS.search(line)) is not None:
+        parts = [int(part) for part in re.findall(r"\d+", found[1])]
+    if found is not None:
+        return parts, (line[: found.start()] + line[found.end() :]).strip(" ,;:=\t\"'")
+    fields = [field.strip(" \t\"'") for field in re.split("[,;:=]", line)]
+    if "," in line or ";" in line or any(field.isdecimal() for field in fields):
         numbers = [int(field) for field in fields if field.isdecimal()]
-        return numbers, " ".join(field for field in fields if not field.isdecimal())
+        return numbers, " ".join(field for field in fields if field and not field.isdecimal())
     fields = line.split()
+    if len(fields) > 3 and all(field.isdecimal() for field in fields[-3:]) and not fields[0].isdecimal():
+        return [int(field) for field in fields[-3:]], " ".join(fields[:-3])
     count = next((i for i, field in enumerate(fields) if not field.isdecimal()), len(fields))
     return [int(field) for field in fields[:count]], " ".join(fields[count:])
 
@@ -236,7 +283,8 @@ def _counted(
     told = f"no class names: values 0 to {highest} are the classes" + f", but for {ignore}" * (
         ignore is not None and ignore < highest
     )
-    notes = (told,) + ((f"no mask holds the value {', '.join(gaps)}",) if gaps else ())
+    way = "; data.ignore_index=0 counts the classes from 1" * (gaps == ["0"] and 255 not in present)
+    notes = (told,) + ((f"no mask holds the value {', '.join(gaps)}{way}",) if gaps else ())
     return tuple(map(str, values)), {value: i for i, value in enumerate(values)}, notes
 
 
