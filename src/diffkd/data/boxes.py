@@ -3,9 +3,10 @@
 from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated
-from diffkd.pictures.boxes.find import TEST_NAMES, Format, find
+from diffkd.pictures.boxes.find import Format, find
 from diffkd.pictures.boxes.views import BoxOptions, boxed, held_out_boxes
 from diffkd.pictures.options import data_folder, quoted, spread
+from diffkd.pictures.splits import TEST_NAMES, innermost
 
 
 @spread(BoxOptions)
@@ -32,12 +33,12 @@ def build(
     Raises:
         UserError: there are no boxes, or something in them is wrong; the file is named.
     """
-    folder = data_folder(root, "boxes")
+    folder, around = innermost(data_folder(root, "boxes"))
     found = find(folder, format)
     names = [name for name in TEST_NAMES if name in found.splits]
     if test_split is not None and test_split not in names:
         raise UserError(f"data.test_split='{test_split}': '{folder}' has {quoted(names) or 'none'}")
-    notes = [found.what]
+    notes = [*around, found.what]
     train_name = "train" if "train" in found.splits else ""
     if train_name not in found.splits:
         raise UserError(f"'{folder}' has {quoted(list(found.splits))} but no split to train on")

@@ -168,10 +168,10 @@ def class_notes(
     lacking = sorted(set(absent["test"]) - set(absent["training"]))
     if lacking:
         found.append(f"no test picture of {_classes(lacking, classes)}, which no figure counts")
-    return (*found, *_alike(classes))
+    return (*found, *alike(classes))
 
 
-def _alike(names: Sequence[str]) -> Iterator[str]:
+def alike(names: Sequence[str]) -> Iterator[str]:
     """A note on names of classes that differ in capitals alone."""
     first: dict[str, str] = {}
     for name in names:

@@ -42,7 +42,7 @@ def find_splits(folder: Path, test_folder: str | None = None) -> Splits:
     Raises:
         UserError: that is not there, or there is a folder to test on and none to train on.
     """
-    kinds = _kinds(folder)
+    kinds = kinds_of(folder)
     train = next((kinds[kind] for kind in TRAIN_NAMES if kind in kinds), None)
     tests = [kinds[kind] for kind in TEST_NAMES if kind in kinds]
     if test_folder is not None:
@@ -62,8 +62,8 @@ def find_splits(folder: Path, test_folder: str | None = None) -> Splits:
     return Splits(train, tests[0] if tests else None, tuple(notes))
 
 
-def _kinds(folder: Path) -> dict[str, str]:
-    """Folders by what their names say: those of that very name, of other capitals, or with more around."""
+def kinds_of(folder: Path) -> dict[str, str]:
+    """Folders in a folder by their names in lower case; by the word in it where all are such of splits."""
     names = inside(folder)
     found = {name.lower(): name for name in names}
     found |= {name: name for name in names}

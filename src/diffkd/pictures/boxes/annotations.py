@@ -184,6 +184,8 @@ class Collected:
         spoilt = len(self.flaws.get("cut", ())) + len(self.flaws.get("outside", ()))
         turned = len(self.flaws.get("without area", ()))
         total = kept + sum(len(self.flaws.get(kind, ())) for kind in ("without area", "outside"))
+        if kept and not self.relative and max(rows[:, :4].max(initial=0) for rows in self.rows) <= 1:
+            raise UserError(f"{self.source}: no box leaves the first pixel: are these shares of the sides?")
         if total and (spoilt > 0.5 * total or turned > 0.5 * total):
             what = f"{spoilt} leave their picture" if spoilt > turned else f"{turned} end before they begin"
             raise UserError(

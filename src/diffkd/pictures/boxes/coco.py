@@ -49,22 +49,34 @@ def read(place: Path, folder: Path, *, keep_ids: bool = False) -> Annotated:
     content = _content(place, source)
     classes, number = _classes(content["categories"], source, keep_ids)
     images = content["images"]
-    twice = [str(i) for i, n in Counter(image["id"] for image in images).items() if n > 1]
+    known = [_id(image["id"]) for image in images]
+    twice = [str(i) for i, n in Counter(known).items() if n > 1]
     if twice:
         raise UserError(f"{source}: two pictures have the id {quoted(twice)}")
-    boxes, notes = _boxes(content["annotations"], {image["id"] for image in images}, number, source)
+    boxes, notes = _boxes(content["annotations"], set(known), number, source)
     there = existing(folder)
     found = Collected(source, folder)
     absent = []
-    for image in images:
+    for key, image in zip(known, images, strict=True):
         path = within(str(image.get("file_name", "")), there)
         if path is None:
             absent.append(str(image.get("file_name")))
             continue
         height, width = (_number(image.get(side) or 0, source, image, side) for side in ("height", "width"))
-        found.add(path, (int(height), int(width)), boxes.get(image["id"], []))
+        found.add(path, (int(height), int(width)), boxes.get(key, []))
     check_absent(absent, len(images), source, folder)
     return found.finish(classes, notes)
+
+
+def _id(value: Any) -> Any:
+    """An id as a whole number where it is one, however it is written.
+
+    >>> _id("12"), _id(12.0), _id("a12")
+    (12, 12, 'a12')
+    """
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and (value == "0" or value[0] != "0"):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _content(place: Path, source: str) -> dict[str, Any]:
@@ -111,10 +123,10 @@ def _number(value: Any, source: str, record: dict[str, Any], key: str) -> float:
 
 def _classes(categories: list[Any], source: str, keep_ids: bool) -> tuple[list[str], dict[int, int]]:
     """Names in the order of the labels, and the label of each id."""
-    ids = [category.get("id") for category in categories]
+    ids = [_id(category.get("id")) for category in categories]
     if not ids or not all(isinstance(i, int) for i in ids) or len(set(ids)) < len(ids):
         raise UserError(f"{source}: categories need an id each, a whole number that no other has")
-    names = {c["id"]: str(c.get("name", c["id"])) for c in categories}
+    names = {i: str(c.get("name", i)) for i, c in zip(ids, categories, strict=True)}
     if not keep_ids:
         ordered = sorted(names)
         return [names[i] for i in ordered], {i: k for k, i in enumerate(ordered)}
@@ -130,10 +142,11 @@ def _boxes(
     boxes: dict[Any, list[list[float]]] = {}
     strays = 0
     for a in annotations:
-        if a.get("image_id") not in pictures:
+        picture, category = _id(a.get("image_id")), _id(a.get("category_id"))
+        if picture not in pictures:
             strays += 1
             continue
-        if a.get("category_id") not in number:
+        if category not in number:
             raise UserError(
                 f"{source}: a box has category {a.get('category_id')!r}, which 'categories' lacks"
             )
@@ -143,8 +156,8 @@ def _boxes(
         left, top, width, height = (_number(value, source, a, "bbox") for value in row)
         area = float(a["area"]) if isinstance(a.get("area"), int | float) else float("nan")
         corners = [left, top, left + width, top + height]
-        boxes.setdefault(a["image_id"], []).append(
-            [*corners, number[a["category_id"]], _number(a.get("iscrowd") or 0, source, a, "iscrowd"), area]
+        boxes.setdefault(picture, []).append(
+            [*corners, number[category], _number(a.get("iscrowd") or 0, source, a, "iscrowd"), area]
         )
     if strays > len(annotations) / 2:
         raise UserError(

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import yaml
 
-from diffkd.errors import UserError
+from diffkd.errors import UserError, first_line
 from diffkd.pictures.boxes import coco, voc, yolo
 from diffkd.pictures.boxes.annotations import Annotated, existing
 from diffkd.pictures.decoding import ENDINGS
 from diffkd.pictures.options import quoted
+from diffkd.pictures.splits import TEST_NAMES, TRAIN_NAMES, kinds_of
 
 Format = Literal["auto", "coco", "voc", "yolo"]
-TEST_NAMES = ("val", "valid", "validation", "test")
 _XML_FOLDERS = ("Annotations", "annots", "annotations", "xml", "xmls", "labels")
 _PICTURE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "pictures")
 
@@ -113,14 +113,13 @@ def _pictures_of(place: Path, split: str, root: Path) -> Path:
 
 
 def _voc(root: Path) -> Found | None:
-    split_folders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and _xml_folder(p) is not None}
-    own = {name: p for name, p in split_folders.items() if name in ("train", *TEST_NAMES)}
+    own = {name: p for name, p in _split_places(root).items() if _xml_folder(p) is not None}
     if own:
         splits = {n: _later(voc.read, _xml_folder(p), _picture_folder(p)) for n, p in own.items()}
         return Found(f"VOC XML ({quoted(list(own), 4)})", splits)
     annotations = _xml_folder(root)
     if annotations is None:
-        return None
+        return _voc_in_kinds(root)
     pictures = _picture_folder(root)
     names = voc.split_names(root)
     if "trainval" in names and "test" in names:
@@ -131,6 +130,28 @@ def _voc(root: Path) -> Found | None:
         f"VOC XML ('{annotations.name}', pictures in '{pictures.name}')",
         splits if "train" in splits else {"": _later(voc.read, annotations, pictures)},
     )
+
+
+def _voc_in_kinds(root: Path) -> Found | None:
+    """Splits in a folder of annotations and of the same names in one of pictures."""
+    for annotations in (root / name for name in _XML_FOLDERS):
+        found = _split_places(annotations) if annotations.is_dir() else {}
+        for pictures in (root / name for name in _PICTURE_FOLDERS if (root / name).is_dir()):
+            splits = {
+                name: _later(voc.read, place, pictures / place.name)
+                for name, place in found.items()
+                if (pictures / place.name).is_dir() and next(place.glob("*.xml"), None) is not None
+            }
+            if "train" in splits:
+                return Found(f"VOC XML ('{annotations.name}', pictures in '{pictures.name}')", splits)
+    return None
+
+
+def _split_places(folder: Path) -> dict[str, Path]:
+    """Folders of splits, by the splits' usual names."""
+    found = kinds_of(folder)
+    kinds = {kind: "train" if kind in TRAIN_NAMES else kind for kind in (*TRAIN_NAMES, *TEST_NAMES)}
+    return {name: folder / found[kind] for kind, name in kinds.items() if kind in found}
 
 
 def _xml_folder(root: Path) -> Path | None:
@@ -161,11 +182,12 @@ def _descriptions(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Files that name classes, and what is in them."""
     for place in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
         try:
-            content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read '{place}': {str(error).partition(chr(10))[0]}") from error
+            text = place.read_text(encoding="utf-8-sig")
+            content, texts = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+        except Exception as error:  # a value such as 2026-11-31 raises nearly anything
+            raise UserError(f"cannot read '{place}': {first_line(error)}") from error
         if isinstance(content, dict) and "names" in content:
-            yield place, content
+            yield place, content | {"names": texts["names"]}  # `no` is a name, not false
 
 
 def _from_yaml(place: Path, content: dict[str, Any]) -> Found:
@@ -216,7 +238,8 @@ def _yolo_split(place: Path, base: Path, told: str, classes: tuple[str, ...]) ->
         raise UserError(f"'{place}' names '{told}', which is not in '{base}'")
     if where.is_dir():
         return yolo.read(where, _labels_of(where), classes)
-    listed = [line.strip().removeprefix("./") for line in where.read_text().splitlines() if line.strip()]
+    lines = (line.strip().replace("\\", "/") for line in where.read_text().splitlines())
+    listed = [line.removeprefix("./") for line in lines if line]
     pictures = base / "images" if (base / "images").is_dir() else base
     names = {line.rpartition("images/")[2] for line in listed}
     return yolo.read(pictures, _labels_of(pictures), classes, names)
@@ -237,12 +260,13 @@ def _text(root: Path) -> Found | None:
     """Folders of pictures and text files without a description of the classes."""
     classes = _listed_classes(root)
     splits: dict[str, Callable[[], Annotated]] = {}
-    for name in ("train", *TEST_NAMES):
-        for folder in (root / "images" / name, root / name / "images", root / name):
-            labels = _labels_of(folder)
-            if folder.is_dir() and _has_boxes(labels):
-                splits[name] = _later(yolo.read, folder, labels, classes)
-                break
+    inner = [root / name for name in _PICTURE_FOLDERS if (root / name).is_dir()]
+    places = [item for folder in inner for item in _split_places(folder).items()]
+    places += [(name, p / "images") for name, p in _split_places(root).items()]
+    for name, folder in (*places, *_split_places(root).items()):
+        labels = _labels_of(folder)
+        if name not in splits and folder.is_dir() and _has_boxes(labels):
+            splits[name] = _later(yolo.read, folder, labels, classes)
     if "train" not in splits:
         folder = root / "images" if (root / "images").is_dir() else root
         labels = _labels_of(folder)
@@ -257,8 +281,10 @@ def _has_boxes(folder: Path) -> bool:
         return False
     names = (p for p in folder.glob("*.txt") if p.stem not in ("classes", "train", "val", "test", "README"))
     first = next(names, None)
-    words = first.read_text(errors="replace").split() if first is not None else []
-    return first is not None and (not words or words[0].replace(".", "").isdigit())
+    if first is None or folder.name == "labels" or "labels" in folder.parent.parts[-1:]:
+        return first is not None
+    words = first.read_text(errors="replace").split()
+    return not words or words[0].replace(".", "").isdigit()
 
 
 def _listed_classes(root: Path) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures
 from diffkd.pictures.joint import RandomScale
 from diffkd.pictures.look import Placed, look_over
 from diffkd.pictures.memory import hold_out
+from diffkd.pictures.options import alike, quoted
 from diffkd.pictures.twins import shared_pictures
 from diffkd.pictures.view import TestView
 
@@ -263,10 +264,12 @@ def boxed(train: Annotated, test: Annotated, options: BoxOptions, notes: Sequenc
     Raises:
         UserError: there is no box to train on, or to test on.
     """
-    if not len(train.labels):
-        raise UserError("there is not one box to train on")
-    if not len(test.labels):
-        raise UserError("there is not one box to test on: no answer could be right")
+    for split, what in ((train, "to train on"), (test, "to test on: no answer could be right")):
+        if not len(split.labels):
+            raise UserError(f"there is not one box {what} ({'; '.join(notes)})")
+    unseen = [name for i, name in enumerate(train.classes) if i not in set(train.labels.tolist())]
+    notes = [*notes, *alike(train.classes)]
+    notes += [f"no box to train on is of class {quoted(unseen)}"] * bool(unseen)
     looked = look_over(*(Placed(len(split), split.place) for split in (train, test)))
     return {
         **dict(zip(("train", "test"), options.splits(train, test, looked.levels), strict=True)),

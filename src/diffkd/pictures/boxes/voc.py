@@ -60,17 +60,22 @@ def _objects(place: Path) -> tuple[tuple[int, int], list[tuple[str, list[float],
         if len(content) > _MAX_XML or b"<!ENTITY" in content:
             raise ValueError("too large, or with entities of its own")
         root = ElementTree.fromstring(content)
-        size = (int(float(root.findtext("size/height") or 0)), int(float(root.findtext("size/width") or 0)))
-        return size, [_object(part) for part in root.iter("object")]
+        size = (
+            int(float(root.findtext("{*}size/{*}height") or 0)),
+            int(float(root.findtext("{*}size/{*}width") or 0)),
+        )
+        return size, [_object(part) for part in root.iterfind(".//{*}object")]
     except (OSError, ValueError, ElementTree.ParseError) as error:
         raise UserError(f"cannot read annotation '{place}': {error}") from error
 
 
 def _object(part: ElementTree.Element) -> tuple[str, list[float], float]:
-    name = (part.findtext("name") or "").strip()
+    name = (part.findtext("{*}name") or "").strip()
     if not name:
         raise ValueError("an object without a name")
-    corners = [float(part.findtext(f"bndbox/{key}") or "nan") for key in ("xmin", "ymin", "xmax", "ymax")]
+    corners = [
+        float(part.findtext(f"{{*}}bndbox/{{*}}{key}") or "nan") for key in ("xmin", "ymin", "xmax", "ymax")
+    ]
     return name, [corners[0] - 1, corners[1] - 1, *corners[2:]], float(part.findtext("difficult") or 0)
 
 

@@ -7,6 +7,8 @@ from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated, Collected, check_absent, existing
 from diffkd.pictures.decoding import ENDINGS
 
+_MOST_CLASSES = 10_000  # that no file names
+
 
 def read(pictures: Path, labels: Path, classes: tuple[str, ...], names: set[str] | None = None) -> Annotated:
     """Boxes of `NAME.txt` in a folder and pictures of the same names in another, or the same one.
@@ -40,6 +42,8 @@ def read(pictures: Path, labels: Path, classes: tuple[str, ...], names: set[str]
         found.add(path, (0, 0), [[*box, kind, 0.0, float("nan")] for kind, box, _ in rows])
     if classes and highest >= len(classes):
         raise UserError(f"{source}: a box has class {highest}, but there are {len(classes)} class names")
+    if highest > _MOST_CLASSES:
+        raise UserError(f"{source}: a box has class {highest}; name the classes, or number them from 0")
     notes = []
     without = sum(p.rpartition(".")[0] not in texts for p in files)
     if files and without == len(files):
