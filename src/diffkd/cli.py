@@ -255,7 +255,7 @@ def main() -> None:
     # Of several processes the last to leave would show how a connection ended, with stack frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     _end_with_parent()
-    warnings.formatwarning = _warning
+    warnings.formatwarning = _warning  # type: ignore[assignment]
     try:
         app()
     except UserError as error:
@@ -285,7 +285,7 @@ def _end_with_parent() -> None:
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def _warning(message: Warning | str, kind: type[Warning], *_: object) -> str:
+def _warning(message: Warning | str, *_: object) -> str:
     """How Python's warnings look: one line, without a place in the code, which says a user nothing."""
     return f"warning: {plain(str(message).partition(chr(10))[0])}\n"
 

@@ -106,11 +106,12 @@ class Loader:
         self._workers: DataLoader[Any] | None = None
         if not isinstance(self.split, BatchedSplit):
             plan: Any = self._plan  # of more than lists of indices
+            as_batches: Any = _Collate(collate)
             self._workers = DataLoader(
                 _Seeded(self.split),
                 batch_sampler=plan,
                 num_workers=workers,
-                collate_fn=_Collate(collate),
+                collate_fn=as_batches,
                 persistent_workers=workers > 0,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # else each epoch would draw from the run's own
