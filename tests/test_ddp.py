@@ -12,10 +12,17 @@ from torch import nn
 
 from conftest import start
 from diffkd import Batch, Data, Distiller
-from diffkd.assembly import Step
+from diffkd.assembly import Side, Step
+from diffkd.maths.randomness import seed_everything
 from diffkd.methods import diffkd as diffkd_file
+from diffkd.models.base import Preprocess
+from diffkd.pictures.loading import Loader
 from diffkd.tasks.classification import Classification
+from diffkd.tasks.detection import Detection
+from diffkd.tasks.segmentation import Segmentation
 from diffkd.training import ranks
+from diffkd.training.devices import gathered
+from diffkd.training.evaluation import evaluate
 
 
 def build():
@@ -48,7 +55,60 @@ def gradients(step, images, targets, backward):
     backward(torch.stack(list(losses.values())).sum())
 
 
+class Finder(nn.Module):
+    """Finds a box where a picture is bright; its class says how bright."""
+
+    def forward(self, images):
+        found = []
+        for image in images:
+            at = (image[0] > 0.5).nonzero()
+            box = torch.cat([at.amin(0).flip(0), at.amax(0).flip(0) + 1]).float()[None]
+            label = 1 + (image[1].mean() > 0.5).long()[None]
+            found.append({"boxes": box, "scores": image[2].mean()[None], "labels": label})
+        return found
+
+
+def judged(count, **where):
+    """Figures of a model of each task on so many pictures; what `where` says is this process's part."""
+    draw = torch.Generator().manual_seed(count)
+    images, masks = (
+        torch.rand(count, 3, 8, 8, generator=draw),
+        torch.randint(3, (count, 8, 8), generator=draw),
+    )
+    boxes = [
+        {"boxes": torch.tensor([[0.0, 0, 8, 8], [1, 1, 3, 4]]), "labels": torch.tensor([i % 2, 1])}
+        for i in range(count)
+    ]
+    torch.manual_seed(0)
+    linear, pixels = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), nn.Conv2d(3, 3, 1)
+    cases = (
+        (Classification, linear, masks[:, 0, 0], None),
+        (Segmentation, pixels, masks, None),
+        (Detection, Finder(), boxes, lambda rows: Batch(*map(list, zip(*rows, strict=True)))),
+    )
+    found = {}
+    for kind, model, targets, collate in cases:
+        rows = list(zip(images, targets, strict=True))
+        side = Side("a model", model, Preprocess((0.0,), (1.0,), None, channels=3))
+        task = kind(Data(rows, rows, 3, (3, 8, 8), collate=collate))
+        figures = evaluate(side, task, Loader(rows, 4, shuffle=False, collate=collate, **where))
+        found |= {f"{kind.__name__} {name}": value for name, value in figures.scalars.items()}
+    return found
+
+
+def normalised(rank, step=lambda module: module):
+    """What BatchNorm holds, and which units dropout spares, after a step on one half of eight samples."""
+    module = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
+    seed_everything(0, rank)
+    spared = step(module)(torch.arange(32.0).view(8, 4)[4 * rank : 4 * rank + 4]) != 0
+    return module[0].running_mean, spared
+
+
 def worker(fabric, place):
+    torch.set_num_threads(1)
+    rank = {"rank": fabric.global_rank, "world_size": 2}
+    told = {"figures": [judged(count, **rank) for count in (7, 1)]}
+    told["halves"] = gathered(fabric, normalised(fabric.global_rank, fabric.setup))
     diffkd_file.noise_like, torch.randint = fixed_noise, fixed_timesteps
     step, images, targets = build()
     plain = step
@@ -56,15 +116,38 @@ def worker(fabric, place):
     half = slice(4 * fabric.global_rank, 4 * fabric.global_rank + 4)
     gradients(step, images[half], targets[half], fabric.backward)
     if fabric.is_global_zero:
-        torch.save({n: p.grad for n, p in plain.named_parameters()}, place)
+        torch.save(told | {"gradients": {n: p.grad for n, p in plain.named_parameters()}}, place)
 
 
-def test_two_processes_give_the_gradients_of_the_double_batch(tmp_path, monkeypatch):
-    place = tmp_path / "gradients.pt"
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes found, told by the first."""
+    place = tmp_path_factory.mktemp("two") / "told.pt"
     Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(start_method="forkserver")).launch(
         worker, place
     )
-    found = torch.load(place, weights_only=True)
+    return torch.load(place, weights_only=True)
+
+
+def test_two_processes_judge_as_one_also_where_one_has_no_share(two):
+    for count, figures in zip((7, 1), two["figures"], strict=True):
+        alone = judged(count)
+        assert {"Classification top1", "Segmentation miou", "Detection ap"} <= alone.keys()
+        assert figures == pytest.approx(alone, abs=1e-6, nan_ok=True)
+
+
+def test_batch_statistics_are_each_processes_own_and_so_are_the_draws(two):
+    """As the guide says: not equal to one process with the whole batch."""
+    (first, spared), (second, others) = two["halves"]
+    for rank, mean in enumerate((first, second)):
+        own = torch.arange(32.0).view(8, 4)[4 * rank : 4 * rank + 4].mean(0)
+        torch.testing.assert_close(mean, 0.1 * own)
+    assert not torch.equal(spared, others)
+    assert torch.equal(spared, normalised(0)[1])  # the first process's are those of a run alone
+
+
+def test_two_processes_give_the_gradients_of_the_double_batch(two, monkeypatch):
+    found = two["gradients"]
     monkeypatch.setattr(diffkd_file, "noise_like", fixed_noise)
     monkeypatch.setattr(torch, "randint", fixed_timesteps)
     step, images, targets = build()

@@ -104,6 +104,40 @@ def test_strategies_of_imagenet():
     )
 
 
+# Of the paper's appendix: epochs, batch, optimizer, learning rate, decay, smoothing, erasing, EMA, clipping.
+STRATEGIES = {
+    "resnet34-resnet18": (100, 256, "sgd", 0.1, 1e-4, 0.0, None, None, None),
+    "resnet50-mobilenetv1": (100, 256, "sgd", 0.1, 1e-4, 0.0, None, None, None),
+    "resnet50-resnet34": (450, 768, "rmsproptf", 0.048, 1e-5, 0.1, 0.2, 0.9999, None),
+    "resnet50-mobilenetv2": (450, 768, "rmsproptf", 0.048, 1e-5, 0.1, 0.2, 0.9999, None),
+    "resnet50-efficientnet_b0": (450, 768, "rmsproptf", 0.048, 1e-5, 0.1, 0.2, 0.9999, None),
+    "swin_large-resnet50": (300, 1024, "adamw", 1e-3, 0.04, 0.1, 0.25, None, 5.0),
+    "swin_large-swin_tiny": (300, 1024, "adamw", 1e-3, 0.04, 0.1, 0.25, None, 5.0),
+}
+SCHEDULES = {  # name, epochs of warm-up, and the rest
+    100: ("step", 0, {"every": 30, "factor": 0.1}),
+    450: ("step", 3, {"every": 2.4, "factor": 0.97}),
+    300: ("cosine", 20, {}),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_values_of_imagenet(name):
+    recipe = load(f"imagenet/{name}")
+    trainer, data, optimizer = recipe.trainer, recipe.data, recipe.optimizer
+    smoothing = recipe.task.options.get("label_smoothing", 0.0)
+    erasing = data.options.get("random_erasing")
+    assert STRATEGIES[name] == (
+        *(trainer.epochs, data.batch_size, optimizer.name, optimizer.lr, optimizer.weight_decay),
+        *(smoothing, erasing, trainer.ema, trainer.clip_grad_norm),
+    )
+    kind, warmup, rest = SCHEDULES[trainer.epochs]
+    assert (recipe.schedule.name, recipe.schedule.warmup_epochs or 0) == (kind, warmup)
+    assert {key: getattr(recipe.schedule, key) for key in rest} == rest
+    assert data.options.get("augment") == (None if trainer.epochs == 100 else "rand-m9-mstd0.5")
+    assert (data.mixup, data.cutmix) == ((0.8, 1.0) if trainer.epochs == 300 else (0.0, 0.0))
+
+
 def test_one_teacher_serves_all_its_students():
     from diffkd.runs.identity import identify, short_name
 

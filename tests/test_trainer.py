@@ -223,6 +223,22 @@ def test_untrained_teacher_is_told_of(tiny, tmp_path):
     assert any("teacher 'simple/cnn8' looks untrained" in line for line in said)
 
 
+def test_a_compiled_run_is_the_plain_one(finished, tiny, tmp_path, monkeypatch):
+    """The models' own graphs, without a compiler behind them, which would round in another way."""
+    compiled, real = [], torch.nn.Module.compile
+
+    def through_graphs(module):
+        compiled.append(type(module).__name__)
+        real(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", through_graphs)
+    torch.compiler.reset()
+    folder = run(tiny, tmp_path / "a", "trainer.compile=true")
+    assert compiled == ["SimpleCNN", "SimpleCNN", "DiffKDMethod"]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert same(weights(folder), weights(finished))
+
+
 def _share(schedule, step, per_epoch=22, epochs=6):
     """Of the learning rate in a step of six epochs; a batch in two is a step where two accumulate."""
     part = (step / per_epoch - schedule.warmup_epochs) / (epochs - schedule.warmup_epochs)
