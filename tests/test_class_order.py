@@ -75,6 +75,6 @@ def test_weights_that_mean_nothing_are_named(tmp_path):
         with pytest.raises(UserError) as caught:
             load_weights(model, place, name="simple/cnn4")
         assert words in str(caught.value)
-    torch.save({"a": {"b": state}}, tmp_path / "deep.pth")
-    with pytest.raises(UserError, match=r"holds no weights \(it has: a\)"):
+    torch.save({"a": {"b": state}, "c": {"d": state}}, tmp_path / "deep.pth")
+    with pytest.raises(UserError, match=r"holds no weights \(it has: a, c\)"):
         read_weights(tmp_path / "deep.pth")

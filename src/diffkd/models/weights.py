@@ -1,23 +1,22 @@
 """Weights from a file into a model, with an account of what matched."""
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
+from diffkd.models.matching import bare, in_order, lacking_head, other_head, without_auxiliary
 from diffkd.models.tensors import read_tensors
 
-PREFIXES = ("module.", "model.", "_orig_mod.", "student.", "backbone.", "net.", "encoder.")
 # Where checkpoints keep their tensors; averaged ones come first, for they are what their makers evaluate.
-AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema")
 NESTS = (*AVERAGED, "state_dict", "model", "model_state_dict", "net", "module")
 
 
@@ -73,14 +72,17 @@ def load_state(
         by_order: takes them in their order, whatever their names.
     """
     wanted = model.state_dict()
-    found, auxiliary = _without_auxiliary(_strip(dict(tensors), model), wanted)
-    ordered = _in_order(found, wanted)
+    found, others = bare(dict(tensors), wanted, source)
+    found, auxiliary = without_auxiliary(found, wanted)
+    ordered = in_order(found, wanted)
     if by_order:
         if ordered is None:
             raise UserError(f"'{source}' does not fit {name}: its order or shapes differ, too")
         found = ordered
-    head = _other_head(found, wanted, num_classes)
+    head = other_head(found, wanted, num_classes)
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
+    bodiless = [] if head or not lacking_head(missing, wanted, num_classes) else missing
+    missing = [] if bodiless else missing
     unexpected = [k for k in found if k not in wanted]
     shapes = [k for k in found if k in wanted and k not in head and found[k].shape != wanted[k].shape]
     coarse = next((k for k in found if k in wanted and _coarser(found[k], wanted[k])), None)
@@ -96,30 +98,12 @@ def load_state(
         theirs, ours = len(found[head[0]]), len(wanted[head[0]])
         said = f"{num_classes} instead of {theirs}" if ours == num_classes else f"{num_classes}"
         note += f"; fresh head ({', '.join(head)}) for {said} classes"
+    if bodiless:
+        note += f"; no head in it: a fresh one ({', '.join(bodiless)}) for {num_classes} classes"
     note += "; taken by their order" if by_order else ""
     note += f"; auxiliary heads left out ({', '.join(auxiliary)})" if auxiliary else ""
-    return Loaded(note, bool(head))
-
-
-def _other_head(
-    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], num_classes: int | None
-) -> list[str]:
-    """Keys of a classifier of another size: all else alike, and as many outputs as there are classes.
-
-    A detector has so many of its classes and the ground, for every anchor and every side of a box.
-    """
-    keys = [k for k in found if k in wanted and found[k].shape != wanted[k].shape]
-    if num_classes is None or any(
-        not wanted[k].dim() or found[k].shape[1:] != wanted[k].shape[1:] for k in keys
-    ):
-        return []
-    sizes = {(len(found[k]), len(wanted[k])) for k in keys}
-    if len(sizes) == 1 and all(ours == num_classes for _, ours in sizes):
-        return keys
-    ground = num_classes + 1
-    whole = all(ours % ground == 0 for _, ours in sizes)
-    classes = {Fraction(theirs * ground, ours) for theirs, ours in sizes}
-    return keys if whole and len(classes) == 1 and min(classes).denominator == 1 else []
+    note += f"; what else is in it left out ({', '.join(others[:5])})" if others else ""
+    return Loaded(note, bool(head or bodiless))
 
 
 def _coarser(theirs: Tensor, ours: Tensor) -> bool:
@@ -151,9 +135,12 @@ def weights_file(source: str | Path) -> Path:
         UserError: there is none.
     """
     source = Path(source)
-    for inside in (source / "student" / "model.safetensors", source / "model.safetensors"):
+    names = ("student/model.safetensors", "model.safetensors", "pytorch_model.bin")
+    for inside in (source / name for name in names):
         if inside.is_file():
             return inside
+    if (index := source / "model.safetensors.index.json").is_file():
+        raise UserError(f"'{index}' lists weights in several files; save them as one")
     if not source.is_file():
         raise UserError(f"no weights file '{source}'")
     return source
@@ -212,13 +199,12 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
     place = weights_file(source)
     content = read_tensors(place)
     said = place.name
-    while isinstance(content, dict) and (
-        nest := next((k for k in NESTS if isinstance(content.get(k), dict) and content[k]), "")
-    ):
+    while isinstance(content, dict) and (nest := _nest(content)):
         content = content[nest]
         said += f" ('{nest}', averaged weights)" if nest in AVERAGED else ""
+        said += f" ('{nest}')" if nest not in NESTS else ""
     found = content if isinstance(content, dict) else {}
-    tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
+    tensors = dict(_tensors(found))
     tensors.pop("n_averaged", None)
     if not tensors:
         known = f" (it has: {', '.join(map(str, list(found)[:5]))})" if found else ""
@@ -231,8 +217,35 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
     nan = next((k for k, v in tensors.items() if v.is_floating_point() and v.isnan().any()), None)
     if nan is not None:
         raise UserError(f"'{place}': '{nan}' holds nan: the training that wrote it had failed")
+    # minus infinity is what masks of attention hold
+    inf = next((k for k, v in tensors.items() if v.is_floating_point() and v.isposinf().any()), None)
+    if inf is not None:
+        raise UserError(f"'{place}': '{inf}' holds infinite values: the training that wrote it had failed")
     ours = {k.removeprefix(_STUDENT): v for k, v in tensors.items() if k.startswith(_STUDENT)}
     return (ours, f"{said} (the student in it)") if ours else (tensors, said)
+
+
+def _nest(content: dict[Any, Any]) -> str:
+    """The entry of a checkpoint that holds its weights; empty where it holds them itself, or several do."""
+    known = next((k for k in NESTS if isinstance(content.get(k), dict) and content[k]), "")
+    if known or any(True for _ in _tensors(content)):
+        return known
+    nests = [k for k, v in content.items() if isinstance(k, str) and isinstance(v, dict) and _holds(v)]
+    return nests[0] if len(nests) == 1 else ""
+
+
+def _holds(content: dict[Any, Any]) -> bool:
+    """Whether there are tensors in an entry, or one deeper."""
+    inner = (v for v in content.values() if isinstance(v, dict))
+    return any(any(True for _ in _tensors(part)) for part in (content, *inner))
+
+
+def _tensors(content: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield str(key), value
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            yield str(key), torch.from_numpy(value)
 
 
 _STUDENT = "distiller.student."  # in checkpoints of a run of this library
@@ -252,7 +265,8 @@ def load_backbone(body: nn.Module, source: str | Path, name: str) -> None:
         UserError: the file cannot be read, or lacks some of the weights.
     """
     ours = body.state_dict()
-    found = {_flat(key): value for key, value in _strip(read_weights(source)[0], body).items()}
+    bared, _ = bare(read_weights(source)[0], ours, str(source))
+    found = {_flat(key): value for key, value in bared.items()}
     fits = {
         key: found[_flat(key)]
         for key, value in ours.items()
@@ -269,53 +283,3 @@ def load_backbone(body: nn.Module, source: str | Path, name: str) -> None:
 
 def _flat(key: str) -> str:
     return key.removeprefix("model.").replace(".", "_")
-
-
-def _strip(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Without prefixes that all keys share and the model's do not, or without which more keys fit."""
-    wanted = set(model.state_dict())
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in PREFIXES:
-            bare = {k.removeprefix(prefix): v for k, v in found.items()}
-            shared = all(k.startswith(prefix) for k in found) and not any(
-                k.startswith(prefix) for k in wanted
-            )
-            if shared or len(wanted & bare.keys()) > len(wanted & found.keys()):
-                found, stripped = bare, True
-    return found
-
-
-def _without_auxiliary(
-    found: dict[str, Tensor], wanted: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Without heads that only help to train, where the model was built without them; and their names."""
-    extra = sorted({_part(k) for k in found if k not in wanted})
-    heads = [
-        name
-        for name in extra
-        if _AUXILIARY.fullmatch(name) and not any(k.startswith(f"{name}.") for k in wanted)
-    ]
-    return {k: v for k, v in found.items() if _part(k) not in heads}, heads
-
-
-def _part(key: str) -> str:
-    """The part of a model that a weight belongs to; of a detector's heads for regions, which one."""
-    first, _, rest = key.partition(".")
-    return f"{first}.{rest.partition('.')[0]}" if first == "roi_heads" else first
-
-
-_AUXILIARY = re.compile(
-    r"aux\d*|aux_?logits\d*|aux(iliary)?_?(head|classifier|output)s?\d*|roi_heads\.mask_(head|predictor)",
-    re.IGNORECASE,
-)
-
-
-def _in_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors under the model's names, where order and shapes agree; None where they do not."""
-    ours = {k: v for k, v in wanted.items() if not k.endswith("num_batches_tracked")}
-    theirs = [v for k, v in found.items() if not k.endswith("num_batches_tracked")]
-    if [v.shape for v in ours.values()] != [v.shape for v in theirs]:
-        return None
-    return dict(zip(ours, theirs, strict=True))

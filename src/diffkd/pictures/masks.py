@@ -228,32 +228,34 @@ class MaskedPictures(Pictures):
 
     def unlabelled(self, source: Source) -> "Unmasked":
         """Pictures without masks, changed as these are."""
-        return Unmasked(source, self.view, self.levels)
+        return Unmasked(source, self.view, self.levels, self.max_corrupt)
 
 
-class Unmasked:
+class Unmasked(Pictures):
     """Map-style samples of pictures without masks: label maps `(H, W)` of `UNLABELLED`, 255 for padding.
 
     Args:
         source: the pictures.
-        view, levels: as in `MaskedPictures`.
+        view, levels, max_corrupt: as in `MaskedPictures`.
     """
 
     def __init__(
-        self, source: Source, view: Callable[[Any], Any] | None, levels: tuple[int, int] | None
+        self,
+        source: Source,
+        view: Callable[[Any], Any] | None,
+        levels: tuple[int, int] | None,
+        max_corrupt: int = 0,
     ) -> None:
-        self.source, self.view, self.levels = source, view, levels
+        super().__init__(source, view, max_corrupt, levels=levels)  # type: ignore[arg-type]
+        self.view = view
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample.
+    def sample(self, place: int) -> tuple[Tensor, Tensor]:
+        """The picture at a place, changed, and its map.
 
         Raises:
             UserError: the picture cannot be read.
         """
-        name, picture, _ = self.source[index]
+        name, picture, _ = self.source[place]
         image = v2.pil_to_tensor(decode(picture, name, levels=self.levels))
         return _seen(image, torch.full(image.shape[-2:], UNLABELLED), self.view)
 
