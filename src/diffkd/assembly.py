@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffkd import __version__
 from diffkd.batch import Batch
-from diffkd.data.base import Data, Loader, Split
+from diffkd.data.base import Data, Loader, Split, Streamed
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError, first_line
 from diffkd.methods.base import method_class
@@ -211,7 +211,7 @@ class Parts:
                 student_input=self.student.prepare,
                 teacher_input=self.teacher.prepare if self.teacher else None,
                 num_classes=self.data.num_classes,
-                dataset_size=len(self.training),
+                dataset_size=None if isinstance(self.training, Streamed) else len(self.training),
             )
         distiller.at(0.5)  # for trials, in the middle of schedules: what pulls later pulls then, too
         return distiller, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]

@@ -20,7 +20,9 @@ from diffkd.pictures.loading import BatchedSplit as BatchedSplit
 from diffkd.pictures.loading import Loader as Loader
 from diffkd.pictures.loading import Samples as Samples
 from diffkd.pictures.loading import Split as Split
+from diffkd.pictures.loading import Streamed as Streamed
 from diffkd.pictures.memory import ArraySplit, channel_statistics, some
+from diffkd.pictures.streams import StreamedPictures
 from diffkd.pictures.unlabelled import seen_alike, unlabelled_files
 from diffkd.pictures.view import TestView
 
@@ -102,6 +104,9 @@ class Data:
         number = max(round(limit * count), 1) if limit < 1 else int(limit)
         if number >= count:
             return self
+        if isinstance(self.train, StreamedPictures):
+            note = f"data.limit: the first {number:,} of {count:,} training samples are used"
+            return replace(self, train=self.train.first(number), notes=(*self.notes, note))
         kept = some(count, number, classes_in(self.train))
         note = f"data.limit: {len(kept):,} of {count:,} training samples are used"
         return replace(self, train=part_of(self.train, kept, training=True), notes=(*self.notes, note))

@@ -75,7 +75,8 @@ class CRD(Method):
             raise UserError(f"momentum={momentum}: from 0 to below 1")
         if setup.dataset_size is None:
             raise UserError(
-                "method 'crd' remembers a vector of every training sample; give dataset_size, their number"
+                "method 'crd' remembers a vector of every training sample; give dataset_size, their number "
+                "(samples of a stream have no place to remember)"
             )
         self.pairs = needed_features(setup, "crd", resizes=False)
         self.negatives = min(negatives, setup.dataset_size)

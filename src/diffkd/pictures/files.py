@@ -196,7 +196,11 @@ class Pictures:
 
     def sample(self, place: int) -> Any:
         """The sample at a place; UserError where it cannot be read."""
-        name, picture, target = self.source[place]
+        return self.seen(self.source[place])
+
+    def seen(self, item: Item) -> Any:
+        """The sample of a picture as these are seen; UserError where it cannot be read."""
+        name, picture, target = item
         decoded = decode(picture, name, self.at_least, levels=self.levels, max_pixels=self.max_pixels)
         image = self.transform(decoded)
         return image if target is None else (image, target)

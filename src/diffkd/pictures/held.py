@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from diffkd.batch import Batch
-from diffkd.pictures.loading import BatchedSplit, Samples, Split
+from diffkd.errors import UserError
+from diffkd.pictures.loading import BatchedSplit, Samples, Split, Streamed
 from diffkd.pictures.memory import hold_out
 
 
@@ -62,6 +63,8 @@ def part_of(split: Split, places: np.ndarray, *, training: bool) -> Split:
         places: `(N,)` int64.
         training: augmented; else as a test split shows them, where the split says how.
     """
+    if isinstance(split, Streamed):
+        raise UserError("a stream has no parts: give data that can be read in any order")
     if says(split, "part"):
         return split.part(places, training=training)  # type: ignore[union-attr,no-any-return]
     return _SomeBatches(split, places) if isinstance(split, BatchedSplit) else _Some(split, places)
@@ -104,6 +107,8 @@ def hold_out_samples(split: Split, fraction: float) -> tuple[Split, Split, tuple
     Raises:
         UserError: `fraction` is not between 0 and 1, or there are too few samples.
     """
+    if isinstance(split, Streamed):
+        raise UserError("nothing can be held out of a stream: leave out data.val_fraction and data.test_on")
     kept, held = hold_out(len(split), fraction, classes_in(split))
     notes = [f"{len(held)} of {len(split)} training samples held out for validation"]
     if not says(split, "part"):

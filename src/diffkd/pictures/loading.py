@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,7 +47,26 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-Split = BatchedSplit | Samples
+@runtime_checkable
+class Streamed(Protocol):
+    """Samples that come one after the other, and none at random: of what does not fit the disks here.
+
+    An epoch's order depends on its seed alone. Where a run goes on within an epoch, what it had is read
+    again. Batches carry no `indices`: a sample has no place that lasts.
+    """
+
+    def __len__(self) -> int: ...
+
+    def stream(self, seed: int | None, start: int = 0) -> Iterator[Any]:
+        """What samples are made of, from one on, in an order that `seed` determines; None is their own."""
+        ...
+
+    def sample(self, row: Any) -> Any:
+        """The sample of a row; what is random in it is drawn as for `Samples`."""
+        ...
+
+
+Split = BatchedSplit | Samples | Streamed
 
 
 class Loader:
@@ -145,7 +165,9 @@ class Loader:
             yield from (self.split.batch(share, seed) for share in shares)
             return
         assert self._workers is not None
-        self._plan.fill((_Share(self.seed, number, share.numpy()) for share in shares), len(self) - start)
+        streamed = isinstance(self.split, Streamed)
+        plan = (_Share(self.seed, number, share.numpy()) for share in shares)
+        self._plan.fill(self._streamed(number, start) if streamed else plan, len(self) - start)
         for batch, said in self._workers:
             for line in said:
                 self.say(line)
@@ -156,7 +178,18 @@ class Loader:
                     "all samples of a training batch are None: leave such samples out of the data"
                 )
             if batch is not None:
-                yield to_device(batch, self.device)
+                yield to_device(batch._replace(indices=None) if streamed else batch, self.device)
+
+    def _streamed(self, epoch: int, start: int) -> Iterator["_Share"]:
+        """This process's rows, batch by batch; every process reads all, and decodes its own."""
+        assert isinstance(self.split, Streamed)
+        first, count = start * self.batch_size, len(self) * self.batch_size
+        rows = self.split.stream(mix(self.seed, epoch) if self.shuffle else None, first)
+        for place in range(first, min(count, len(self.split)), self.batch_size):
+            batch = list(islice(rows, self.batch_size))[self.rank :: self.world_size]
+            if batch:
+                places = place + self.rank + self.world_size * np.arange(len(batch))
+                yield _Share(self.seed, epoch, places, batch)
 
     def _shares(self, epoch: int, start: int) -> Iterator[Tensor]:
         """This process's sample indices, batch by batch in the order of the epoch."""
@@ -201,6 +234,7 @@ class _Share(NamedTuple):
     seed: int
     epoch: int
     indices: np.ndarray
+    rows: list[Any] | None = None
 
 
 class _Plan:
@@ -222,7 +256,7 @@ class _Plan:
 class _Seeded(Dataset[Any]):
     """Makes a sample's random augmentation depend on its own seed alone."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples | Streamed) -> None:
         self.samples = samples
 
     def __len__(self) -> int:
@@ -236,16 +270,21 @@ class _Seeded(Dataset[Any]):
 
     def _rows(self, share: _Share) -> list[tuple[Any, int]] | UserError:
         rows = []
-        for index in share.indices.tolist():
+        for place, index in enumerate(share.indices.tolist()):
             seed_sample(mix(share.seed, share.epoch, index))
             try:
-                rows.append((self.samples[index], index))
+                rows.append((self._sample(share, place, index), index))
             except UserError as error:
                 # as a value: raised in a loader process, it would come with a traceback for a message
                 return error
             except Exception as error:  # of a data set of somebody's own
                 return UserError(f"sample {index} of the data cannot be had: {told(error)}")
         return rows
+
+    def _sample(self, share: _Share, place: int, index: int) -> Any:
+        if share.rows is None:
+            return self.samples[index]  # type: ignore[index]
+        return self.samples.sample(share.rows[place])  # type: ignore[union-attr]
 
 
 class _Read(NamedTuple):

@@ -9,7 +9,7 @@ from diffkd.batch import UNLABELLED
 from diffkd.errors import UserError
 from diffkd.pictures.files import Files
 from diffkd.pictures.held import says
-from diffkd.pictures.loading import BatchedSplit, Samples, Split
+from diffkd.pictures.loading import BatchedSplit, Samples, Split, Streamed
 from diffkd.pictures.memory import ArraySplit
 from diffkd.pictures.scan import Scan
 
@@ -55,7 +55,8 @@ def joined(labelled: Split, unlabelled: Split) -> Split:
     """
     if isinstance(labelled, ArraySplit) and isinstance(unlabelled, ArraySplit):
         return labelled.joined(unlabelled)
-    if isinstance(labelled, BatchedSplit) or isinstance(unlabelled, BatchedSplit):
+    kinds = BatchedSplit | Streamed
+    if isinstance(labelled, kinds) or isinstance(unlabelled, kinds):
         raise UserError("data.unlabelled: labelled and unlabelled samples must be splits of one kind")
     return _Joined(labelled, unlabelled)
 
