@@ -239,13 +239,13 @@ def test_a_run_tells_them_apart_makes_one_teacher_and_goes_on_to_the_same_bits(p
 
 def stop_at(monkeypatch, step, run):
     """Runs and asks for a stop after so many optimizer steps."""
-    plain = Trainer._agreed
+    plain = Trainer._after_update
 
-    def agreed(trainer, stop, place):
+    def after_update(trainer, place, bar, stop):
         if place.step == step:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return plain(trainer, stop, place)
+        return plain(trainer, place, bar, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agreed", agreed)
+        patch.setattr(Trainer, "_after_update", after_update)
         return run()

@@ -18,7 +18,7 @@ from diffkd.batch import UNLABELLED, Batch
 from diffkd.errors import UserError
 from diffkd.pictures.count import Count, Masked, count
 from diffkd.pictures.decoding import decode, loses, opened, unreadable
-from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, Source
+from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, Pictures, Source
 from diffkd.pictures.joint import VOID, JointOptions, size_of
 from diffkd.pictures.look import Placed, look_over
 from diffkd.pictures.options import quoted
@@ -228,36 +228,20 @@ class MaskedPictures(Pictures):
 
     def unlabelled(self, source: Source) -> "Unmasked":
         """Pictures without masks, changed as these are."""
-        return Unmasked(source, self.view, self.levels, self.max_corrupt)
+        assert self.view is not None
+        return Unmasked(source, self.view, self.max_corrupt, levels=self.levels)
 
 
 class Unmasked(Pictures):
-    """Map-style samples of pictures without masks: label maps `(H, W)` of `UNLABELLED`, 255 for padding.
+    """Pictures without masks, seen as others with theirs: label maps of `UNLABELLED`, 255 for padding.
 
-    Args:
-        source: the pictures.
-        view, levels, max_corrupt: as in `MaskedPictures`.
+    `transform` changes a picture and its label map together.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        view: Callable[[Any], Any] | None,
-        levels: tuple[int, int] | None,
-        max_corrupt: int = 0,
-    ) -> None:
-        super().__init__(source, view, max_corrupt, levels=levels)  # type: ignore[arg-type]
-        self.view = view
-
-    def sample(self, place: int) -> tuple[Tensor, Tensor]:
-        """The picture at a place, changed, and its map.
-
-        Raises:
-            UserError: the picture cannot be read.
-        """
-        name, picture, _ = self.source[place]
-        image = v2.pil_to_tensor(decode(picture, name, levels=self.levels))
-        return _seen(image, torch.full(image.shape[-2:], UNLABELLED), self.view)
+    def seen(self, item: Item) -> tuple[Tensor, Tensor]:
+        """The sample of a picture; UserError where it cannot be read."""
+        image = v2.pil_to_tensor(decode(item.picture, item.name, levels=self.levels))
+        return _seen(image, torch.full(image.shape[-2:], UNLABELLED), self.transform)
 
 
 def _seen(image: Tensor, mask: Tensor, view: Callable[[Any], Any] | None) -> tuple[Tensor, Tensor]:
