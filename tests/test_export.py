@@ -5,9 +5,17 @@ import json
 import pytest
 import timm
 import torch
+from torch import nn
 
 from diffkd import load_student
-from diffkd.use.runtime import Onnx
+from diffkd.data.base import Data
+from diffkd.models.base import Preprocess
+from diffkd.models.detectors import build
+from diffkd.pictures.view import TestView
+from diffkd.tasks.detection import Detection
+from diffkd.use.deploy import Standing, deployed, distance, examples
+from diffkd.use.runtime import Onnx, loaded, write
+from diffkd.use.student import Student
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def test_onnx_answers_alike_for_any_batch(diffkd, run, prepared, tmp_path):
     expected = student.model(student.prepare(pictures))
     found = runtime(pictures if prepared else student.prepare(pictures))
     assert (found - expected).abs().max() < 1e-4
-    told = json.loads((tmp_path / "a.json").read_text())
+    told = json.loads((tmp_path / "a.onnx.json").read_text())
     assert told["class_names"] == list("0123456789")
     assert told["input"].startswith("uint8" if prepared else "normalised")
 
@@ -50,8 +58,9 @@ def test_eight_bits_are_smaller_and_measured(diffkd, run, tmp_path):
 
 @pytest.mark.parametrize("to", ["torch_export", "torchscript", "safetensors"])
 def test_pytorchs_own_formats(diffkd, run, to, tmp_path):
-    status, _, err = diffkd("export", run, f"to={to}", f"output={tmp_path}/a")
+    status, out, err = diffkd("export", run, f"to={to}", f"output={tmp_path}/a", "verify=full")
     assert status == 0, err
+    assert "(recorded:" in out
     student, pictures = load_student(run), torch.rand(3, 1, 8, 8)
     if to == "safetensors":
         model = load_student(tmp_path / "a").model
@@ -66,8 +75,10 @@ def test_a_folder_for_timm(diffkd, tmp_path):
     words = ["student=timm/test_vit", "data.shift=0", "student.size=32", "trainer.max_steps=1", "output=run"]
     status, _, err = diffkd("train", "digits-8x8", *words, "student.options={'img_size':32}")
     assert status == 0, err
-    status, _, err = diffkd("export", "run", "to=timm", "output=small")
+    status, out, err = diffkd("export", "run", "to=timm", "output=small", "verify=full")
     assert status == 0, err
+    assert "test pictures)" in out
+    assert "top1 of the exported model" in out
     model = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True, in_chans=1).eval()
     student, picture = load_student(tmp_path / "run"), torch.rand(1, 1, 32, 32)
     assert torch.allclose(model(picture), student.model(picture), atol=1e-5)
@@ -90,29 +101,35 @@ def test_exports_that_cannot_be(diffkd, run, words, said):
     assert said in err
 
 
-def test_a_detector_leaves_with_its_postprocessing(tmp_path):
-    from diffkd.data.base import Data
-    from diffkd.models.base import Preprocess
-    from diffkd.models.detectors import build
-    from diffkd.pictures.view import TestView
-    from diffkd.tasks.detection import Detection
-    from diffkd.use.deploy import Standing, deployed, distance, examples
-    from diffkd.use.runtime import write
-    from diffkd.use.student import Student
+OPTIONS = {
+    "fcos": {"score_thresh": 0.005, "num_convs": 1},
+    "retinanet": {"score_thresh": 0.005},
+    "fasterrcnn": {"rpn_post_nms_top_n_test": 30, "box_detections_per_img": 10},
+}
 
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_detector_leaves_with_its_postprocessing(tmp_path, kind, to):
     torch.manual_seed(0)
-    options = {"channels": 32, "levels": [4, 5], "score_thresh": 0.005, "num_convs": 1}
-    model = build("fcos:timm/test_resnet", num_classes=3, image_size=(64, 64), **options).eval()
+    options = {"channels": 32, "levels": [4, 5], **OPTIONS[kind]}
+    model = build(f"{kind}:timm/test_resnet", num_classes=3, image_size=(64, 64), **options).eval()
+    for name, weights in model.named_parameters():  # scores that differ by more than rounding
+        if (weights.dim() == 4 and "head" in name) or "cls_score.w" in name:
+            nn.init.normal_(weights, 0, 0.08 if weights.dim() == 4 else 1.0)
     data = Data(range(0), range(0), 3, (3, 64, 64))
     task, prepare = Detection(data), Preprocess((0.5,) * 3, (0.5,) * 3, None, channels=3)
     student = Student(model, prepare, TestView("whole"), task, ("a", "b", "c"), {"image_shape": [3, 64, 64]})
     images = examples(student, None, raw=True)[:1]
     module = deployed(student, True, images)
-    write(module, images, tmp_path / "a.onnx", "onnx", set(), None, {"class_names": ["a", "b", "c"]})
-    runtime = Onnx(tmp_path / "a.onnx")
-    assert runtime.session.get_modelmeta().custom_metadata_map == {"class_names": '["a", "b", "c"]'}
-    other = torch.randint(0, 256, images.shape, dtype=torch.uint8)
-    assert len(module(other)[0]) > 0
-    assert distance(module, runtime, other) < 1e-4
-    (answer,) = Standing(runtime, task)(other[:, :, :50])  # smaller pictures are padded
-    assert set(answer["labels"].tolist()) <= {1, 2, 3}
+    write(module, images, tmp_path / "a", to, set(), None, {"class_names": ["a", "b", "c"]})
+    runtime = loaded(tmp_path / "a", to)
+    others = torch.randint(0, 256, (3, *images.shape[1:]), dtype=torch.uint8)
+    others[1] //= 4  # darker: another number of boxes
+    found = distance(module, runtime, others)
+    assert found.far < 1e-4
+    assert found.boxes > 3
+    if to == "onnx":
+        assert runtime.session.get_modelmeta().custom_metadata_map == {"class_names": '["a", "b", "c"]'}
+        (answer,) = Standing(runtime, task)(others[:1, :, :50])  # smaller pictures are padded
+        assert set(answer["labels"].tolist()) <= {1, 2, 3}

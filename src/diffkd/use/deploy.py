@@ -1,7 +1,7 @@
 """What of a student is exported, and how its answers are compared."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from diffkd.tasks.base import Task
 from diffkd.tasks.detection import Detection
 from diffkd.use.runtime import Answers, Runtime
 from diffkd.use.student import Student
+
+_SURE = 0.3  # least score of a box that counts as an answer
 
 
 class Scorer(nn.Module):
@@ -97,19 +99,36 @@ def examples(student: Student, parts: Parts | None, raw: bool) -> Tensor:
     return prepared
 
 
+class Distance(NamedTuple):
+    """How far a file's answers are from the module's.
+
+    Attributes:
+        far: of scores, and of boxes as shares of the picture; infinite where there are more or fewer.
+        boxes: how many were compared, the sure ones where a picture has some; None of models without.
+    """
+
+    far: float
+    boxes: int | None
+
+
 @torch.no_grad()
-def distance(module: nn.Module, runtime: Runtime, images: Tensor) -> float:
-    """How far a file's answers are from the module's: of scores, and of boxes as shares of the picture."""
-    ours, theirs = _several(module(images)), _several(runtime(images))
-    if [part.shape for part in ours] != [part.shape for part in theirs]:
-        return float("inf")
-    scales = [max(images.shape[2:]), 1, 1] if len(ours) > 1 else [1]
-    far = [
-        float((a.double() - b.double()).abs().max()) / scale
-        for a, b, scale in zip(ours, theirs, scales, strict=True)
-        if a.numel()
-    ]
-    return max(far, default=0.0)
+def distance(module: nn.Module, runtime: Runtime, images: Tensor) -> Distance:
+    """How far a file's answers for pictures `(B, C, H, W)` are from the module's."""
+    detects, worst, boxes = isinstance(module, Detector), 0.0, 0
+    for some in images.split(1) if detects else [images]:
+        ours, theirs = _several(module(some)), _several(runtime(some))
+        if detects:  # the boxes that count; whether one of the others is kept may hang on the last digit
+            count = int((ours[1] >= _SURE).sum()) or len(ours[1])
+            ours, theirs = ([part[:count] for part in answer] for answer in (ours, theirs))
+        if [part.shape for part in ours] != [part.shape for part in theirs]:
+            return Distance(float("inf"), None)
+        boxes += len(ours[0])
+        scales = [max(some.shape[2:]), 1, 1] if detects else [1]
+        for a, b, scale in zip(ours, theirs, scales, strict=True):
+            if a.numel():
+                far = float((a.double() - b.double()).abs().max()) / scale
+                worst = far if far > worst or far != far else worst
+    return Distance(worst, boxes if detects else None)
 
 
 def _several(answers: Answers) -> list[Tensor]:

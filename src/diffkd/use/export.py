@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,9 +16,9 @@ from diffkd.errors import UserError, nearest
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import load
 from diffkd.training.evaluation import evaluate
-from diffkd.use.deploy import Detector, Standing, deployed, distance, examples
+from diffkd.use.deploy import Detector, Distance, Standing, deployed, distance, examples
 from diffkd.use.runtime import Onnx, Runtime, loaded, needs, write
-from diffkd.use.student import Student, load_student, student_folder
+from diffkd.use.student import Student, load_student, read_config, student_folder
 
 Format = Literal["onnx", "torch_export", "torchscript", "safetensors", "timm"]
 SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".torchscript"}
@@ -120,39 +120,48 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
     folder = student_folder(run, options.which)
     student = load_student(run, trust=options.trust, which=options.which)
     needs(options.to)
+    if not (Path(run) / "recipe.yaml").is_file() and (options.verify == "full" or options.quantize):
+        raise UserError("verify=full and quantize=int8 need the run folder, for its data")
     place = _place(run, folder, options)
     place.parent.mkdir(parents=True, exist_ok=True)
     if options.to in ("safetensors", "timm"):
-        made = _copy(folder, place) if options.to == "safetensors" else _for_timm(folder, student, place)
-        say(f"written: {made}")
-        return made
+        return _folder(run, folder, place, student, options, say)
     parts = _parts(run, options.trust)
-    if parts is None and (options.verify == "full" or options.quantize):
-        raise UserError("verify=full and quantize=int8 need the run folder, for its data")
     images = examples(student, parts, options.with_preparation)
     module = deployed(student, options.with_preparation, images)
     _refuse(module, options)
-    images = images[:1] if isinstance(module, Detector) else images
     told = _told(student, module, options)
     partial = place.with_name(f"writing-{place.name}")
     axes = ({0} if options.dynamic_batch else set()) | ({2, 3} if options.dynamic_size else set())
     try:
-        write(module, images, partial, options.to, axes, options.opset, told)
-        far = distance(module, loaded(partial, options.to), images)
-        if not far <= TOLERANCE:
-            raise UserError(
-                f"{options.to}: answers differ by {far:.2g} from the eager model's; nothing is written"
-            )
+        example = images[:1] if isinstance(module, Detector) else images
+        write(module, example, partial, options.to, axes, options.opset, told)
+        line = _compared(distance(module, loaded(partial, options.to), images), options, len(images), parts)
         partial.replace(place)
     finally:
         partial.unlink(missing_ok=True)
-    whose = "test pictures" if parts is not None else "random pictures (no run folder, no data)"
-    say(f"written: {place} (answers within {far:.1g} of the eager model's on {len(images)} {whose})")
+    say(f"written: {place} ({line})")
     if isinstance(module, Detector):
         say("it takes one picture of {}x{} at a time, and gives boxes, scores, labels".format(*module.size))
-    place.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    place.with_name(f"{place.name}.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     _measure(place, student, parts, options, say)
     return place
+
+
+def _compared(found: Distance, options: ExportOptions, count: int, parts: Parts | None) -> str:
+    """What the comparison with the eager model says.
+
+    Raises:
+        UserError: the answers differ.
+    """
+    if not found.far <= TOLERANCE:
+        far = f"by {found.far:.2g}" if found.far < float("inf") else "in number"
+        raise UserError(f"{options.to}: answers differ {far} from the eager model's; nothing is written")
+    whose = "test pictures" if parts is not None else "random pictures (no run folder, no data)"
+    if found.boxes == 0:
+        return f"nothing compared: the model finds no box on {count} {whose}"
+    boxes = f", {found.boxes} boxes" if found.boxes is not None else ""
+    return f"answers within {found.far:.1g} of the eager model's on {count} {whose}{boxes}"
 
 
 def _refuse(module: nn.Module, options: ExportOptions) -> None:
@@ -203,14 +212,8 @@ def _measure(
     """The figures that are asked for, on the run's test data."""
     if parts is None:
         return
-    metric = parts.task.metric
-    recorded = student.config.get("figures", {}).get(metric)
     if options.verify == "full":
-        figure = _figure(loaded(place, options.to), student, parts, options)
-        beside = "" if recorded is None else f" (recorded: {100 * recorded:.2f} %)"
-        say(f"{metric} of the exported model: {100 * figure:.2f} %{beside}")
-        if recorded is not None and abs(figure - recorded) > 1e-3:
-            raise UserError(f"the exported model's {metric} is {figure:.4f}, the run recorded {recorded:.4f}")
+        _reproduce(_standing(loaded(place, options.to), student, parts, options), student, parts, say)
     if options.quantize:
         from diffkd.use.runtime import quantize
 
@@ -219,36 +222,75 @@ def _measure(
         batch = next(iter(loader.epoch()))
         images = batch.images if isinstance(batch.images, Tensor) else torch.stack([batch.images[0]])
         quantize(place, small, images if options.with_preparation else student.prepare(images))
-        figure = _figure(Onnx(small), student, parts, options)
-        beside = "" if recorded is None else f" (float: {100 * recorded:.2f} %)"
+        figure = _figure(_standing(Onnx(small), student, parts, options), parts)
         share = small.stat().st_size / place.stat().st_size
-        say(f"written: {small} ({share:.2f} of the size; {metric} {100 * figure:.2f} %{beside})")
+        beside = _recorded(student, parts, "float")
+        say(f"written: {small} ({share:.2f} of the size; {parts.task.metric} {100 * figure:.2f} %{beside})")
 
 
-def _figure(runtime: Runtime, student: Student, parts: Parts, options: ExportOptions) -> float:
+def _standing(runtime: Runtime, student: Student, parts: Parts, options: ExportOptions) -> Side:
+    """An exported file in the student's place."""
     prepare: Any = nn.Identity() if options.with_preparation else student.prepare
-    side = Side(student.config["model"], Standing(runtime, parts.task), prepare)
+    return Side(student.config["model"], Standing(runtime, parts.task), prepare)
+
+
+def _reproduce(side: Side, student: Student, parts: Parts, say: Callable[[str], None]) -> None:
+    """Measures what was exported on the test data.
+
+    Raises:
+        UserError: the run recorded another figure.
+    """
+    metric, figure = parts.task.metric, _figure(side, parts)
+    say(f"{metric} of the exported model: {100 * figure:.2f} %{_recorded(student, parts, 'recorded')}")
+    recorded = student.config.get("figures", {}).get(metric)
+    if recorded is not None and abs(figure - recorded) > 1e-3:
+        raise UserError(f"the exported model's {metric} is {figure:.4f}, the run recorded {recorded:.4f}")
+
+
+def _recorded(student: Student, parts: Parts, what: str) -> str:
+    recorded = student.config.get("figures", {}).get(parts.task.metric)
+    return "" if recorded is None else f" ({what}: {100 * recorded:.2f} %)"
+
+
+def _figure(side: Side, parts: Parts) -> float:
     loader = parts.loader(parts.data.test, shuffle=False)
     return evaluate(side, parts.task, loader).scalars[parts.task.metric]
 
 
-def _copy(folder: Path, place: Path) -> Path:
-    """The weights and their description."""
+def _folder(
+    run: str, folder: Path, place: Path, student: Student, options: ExportOptions, say: Callable[[str], None]
+) -> Path:
+    """Weights with a description in a folder, read back."""
+    timms = options.to == "timm"
+    told = _for_timm(student) if timms else read_config(folder)
+    parts = _parts(run, options.trust) if timms or options.verify == "full" else None
     place.mkdir(parents=True, exist_ok=True)
-    for name in ("model.safetensors", "config.json"):
-        shutil.copyfile(folder / name, place / name)
+    (place / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(folder / "model.safetensors", place / "model.safetensors")
+    model, line = student.model, ""
+    if timms:
+        import timm
+
+        channels = len(told["pretrained_cfg"]["mean"])
+        model = timm.create_model(f"local-dir:{place}", pretrained=True, in_chans=channels).eval()
+        images, again = examples(student, parts, raw=False), replace(student, model=model)
+        found = distance(deployed(student, False, images), deployed(again, False, images), images)
+        line = f" ({_compared(found, options, len(images), parts)})"
+    say(f"written: {place}{line}")
+    if options.verify == "full" and parts is not None:
+        model = model if timms else load_student(place, trust=options.trust).model
+        _reproduce(Side(student.config["model"], model, student.prepare), student, parts, say)
     return place
 
 
-def _for_timm(folder: Path, student: Student, place: Path) -> Path:
-    """A folder that `timm.create_model("local-dir:FOLDER")` loads."""
+def _for_timm(student: Student) -> dict[str, Any]:
+    """The `config.json` by which `timm.create_model("local-dir:FOLDER")` loads the weights beside it."""
     name = student.config["model"]
     if not name.startswith("timm/"):
         raise UserError(f"to=timm: '{name}' is not one of timm's models; use to=safetensors")
-    place.mkdir(parents=True, exist_ok=True)
     view, config = student.view, student.config
     size = config.get("size") or view.size or config["image_shape"][1:]
-    told = {
+    return {
         "architecture": name.removeprefix("timm/").partition(".")[0],
         "num_classes": config["num_classes"],
         "label_names": list(student.class_names),
@@ -262,6 +304,3 @@ def _for_timm(folder: Path, student: Student, place: Path) -> Path:
             "num_classes": config["num_classes"],
         },
     }
-    (place / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(folder / "model.safetensors", place / "model.safetensors")
-    return place
