@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 
 from diffkd import UserError, load_student
-from diffkd.assembly import Side, assemble
+from diffkd.assembly import assemble
 from diffkd.recipe.schema import load
+from diffkd.recipe.sides import Side
 from diffkd.runs import bar as bars
 from diffkd.runs.bar import ProgressBar
 from diffkd.runs.console import Reporter

@@ -12,11 +12,12 @@ from torch import nn
 
 from conftest import start
 from diffkd import Batch, Data, Distiller
-from diffkd.assembly import Side, Step
+from diffkd.assembly import Step
 from diffkd.maths.randomness import seed_everything
 from diffkd.methods import diffkd as diffkd_file
 from diffkd.models.base import Preprocess
 from diffkd.pictures.loading import Loader
+from diffkd.recipe.sides import Side
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation

@@ -4,11 +4,11 @@ import pytest
 import timm
 import torch
 
-from diffkd.assembly import build_side
 from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.models.base import Preprocess, build, published_state, wants
 from diffkd.recipe.schema import ModelRecipe
+from diffkd.recipe.sides import build_side
 
 SHAPE = (3, 64, 64)
 

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffkd import Batch, Distiller
-from diffkd.assembly import assemble, build_side, check_outputs
+from diffkd.assembly import assemble, check_outputs
 from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.models.base import Preprocess
 from diffkd.recipe.schema import ModelRecipe, load
+from diffkd.recipe.sides import build_side
 from diffkd.runs.folder import RunFolder
 from diffkd.tasks.classification import Classification
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from diffkd import Data, UserError
-from diffkd.assembly import Side
 from diffkd.models.base import Preprocess
 from diffkd.pictures.loading import Loader
 from diffkd.pictures.memory import ArraySplit
 from diffkd.recipe.schema import load
+from diffkd.recipe.sides import Side
 from diffkd.runs.folder import RunFolder
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection

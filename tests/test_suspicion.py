@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from diffkd.features.outputs import are_probabilities
 from diffkd.report.suspicion import suspicions
 
 
@@ -58,8 +59,8 @@ def test_a_teacher_at_chance_is_not_called_permuted():
 
 
 def test_probabilities_are_told_from_scores():
-    (told,) = suspicions(scores_of(LABELS).softmax(1), LABELS)
-    assert "ends in a softmax" in told
+    assert are_probabilities(scores_of(LABELS).softmax(1))
+    assert not are_probabilities(scores_of(LABELS) + 1)
 
 
 def test_check_says_it_of_a_teacher_that_is_given(diffkd, tiny, tmp_path):
@@ -72,5 +73,5 @@ def test_check_says_it_of_a_teacher_that_is_given(diffkd, tiny, tmp_path):
     words = ["teacher.model=own.py:net", "method=kd", "taps={'': ''}"]
     status, out, err = diffkd("check", tiny, *words)
     assert status == 0, err
-    assert "warning: the teacher's scores are probabilities" in out
+    assert "teacher: warning: its scores are probabilities" in out
     assert re.search(r"task.cross_entropy +│ +[\d.]+ │ yes +│ +1 │", out), "each loss's pull, as a share"

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,54 +14,21 @@ from diffkd.batch import Batch
 from diffkd.data.base import Data, Loader, Split, Streamed
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError, first_line
+from diffkd.features.outputs import are_probabilities
 from diffkd.methods.base import method_class
 from diffkd.models import base as models
-from diffkd.models.freeze import freeze
 from diffkd.models.measure import Cost, cost, device_of
-from diffkd.models.origin import find_weights
-from diffkd.models.weights import load_state
 from diffkd.pictures.memory import mix_batch
 from diffkd.pictures.unlabelled import joined
 from diffkd.pictures.view import TestView
 from diffkd.recipe.classes import build_data
-from diffkd.recipe.schema import ModelRecipe, Recipe, TeacherRecipe, check_options
+from diffkd.recipe.schema import Recipe, check_options
+from diffkd.recipe.sides import Side, build_side
 from diffkd.runs.content import digests
 from diffkd.runs.identity import Identity, identify
 from diffkd.tasks.base import Task, task_class
 
 _FIRST = 16  # samples whose targets are looked at before any work
-
-
-@dataclass
-class Side:
-    """One model with its way of seeing pictures: the student, or the teacher.
-
-    Attributes:
-        notes: what was decided for the user, one line each.
-        weights: where its weights come from.
-        input_shape: `(C, H, W)` of pictures that it was built for.
-        fresh_head: its weights were made for other classes, so that its class scores mean nothing yet.
-        frozen: layers that stay in evaluation mode while it trains.
-    """
-
-    name: str
-    model: nn.Module
-    prepare: models.Preprocess
-    notes: list[str] = field(default_factory=list)
-    weights: str | None = None
-    fresh_head: bool = False
-    frozen: tuple[nn.Module, ...] = ()
-    input_shape: tuple[int, int, int] = (3, 0, 0)
-
-    def to(self, device: torch.device) -> "Side":
-        """Moves the model and its preparation to a device."""
-        self.model.to(device)
-        self.prepare.to(device)
-        return self
-
-    def forward(self, task: Task, batch: Batch) -> Any:
-        """The model's answers for a loader's batch."""
-        return task.predict(self.model, task.prepare(task.frame(batch), self.prepare))
 
 
 @dataclass
@@ -181,6 +148,7 @@ class Parts:
                 raise
             self.teacher.notes.append("it gives no class scores: its features alone teach")
             return False
+        _look_at_scores(self.teacher, self.task, output)
         return True
 
     def _asks_for_answers(self) -> bool:
@@ -224,7 +192,12 @@ class Parts:
         """What one model costs, measured on one test image."""
         device = device_of(side.model)
         prepared = self.task.prepare(self.task.frame(self.sample(1, device)), side.prepare)
-        return cost(side.model, lambda: self.task.predict(side.model, prepared))
+        try:
+            return cost(side.model, lambda: self.task.predict(side.model, prepared))
+        except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
+            raise UserError(
+                f"model '{side.name}' cannot take 1 picture alone: {first_line(error)}"
+            ) from error
 
 
 class Step(nn.Module):
@@ -306,58 +279,6 @@ def _check_head(recipe: Recipe, task: Task, teacher: Side) -> None:
         )
 
 
-def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side:
-    """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order.
-
-    Args:
-        wanted: the model.
-        data: the data set that it is for.
-        resizes: pictures may be resized to what the model wants; else they keep their size.
-    """
-    weights = find_weights(wanted.model, wanted.weights)
-    wants = models.wants(wanted.model, weights.published)
-    size = None
-    if resizes:
-        size = wanted.size or (weights.told.get("size") or [None])[0] or wants.size
-    elif wanted.size is not None:
-        raise UserError(
-            f"{wanted.model}: size={wanted.size}, but this task keeps the pictures' size; set data.crop_size"
-        )
-    channels, height, width = data.image_shape
-    shape = (wants.channels or channels, size or height, size or width)
-    mean = wanted.mean or weights.told.get("mean") or wants.mean or data.mean
-    std = wanted.std or weights.told.get("std") or wants.std or data.std
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, shape[0]):
-            raise UserError(f"{wanted.model}: {key} has {len(values)} values for {shape[0]} channels")
-    options = models.without_start(wanted.options) if weights.state else wanted.options
-    model = models.build(wanted.model, num_classes=data.num_classes, image_shape=shape, options=options)
-    if channels == 3 and models.takes_grey(model):
-        shape = (1, *shape[1:])
-        mean, std = (models.grey_value(v) if len(v) == 3 else v for v in (mean, std))
-        weights.notes.append("it takes grey pictures: colours become grey")
-    resized = None if size is None or (size, size) == (height, width) else (size, size)
-    models.tell_normalisation(model, mean, std)
-    prepare = models.Preprocess(mean, std, resized, channels=shape[0])
-    side = Side(wanted.model, model, prepare, weights.notes, input_shape=shape)
-    if resized is not None:
-        side.notes.append(f"pictures of {height}x{width} resized to {size}x{size}")
-    if weights.state:
-        loaded = load_state(
-            model,
-            weights.state,
-            weights.source,
-            name=wanted.model,
-            num_classes=data.num_classes,
-            by_order=wanted.weights_by_order,
-        )
-        side.weights, side.fresh_head = weights.published or wanted.weights, loaded.fresh_head
-        side.notes.append(loaded.note)
-    section = "teacher" if isinstance(wanted, TeacherRecipe) else "student"
-    side.frozen = freeze(model, wanted.freeze, wanted.freeze_norm, section)
-    return side
-
-
 def describe_student(parts: Parts, figures: Mapping[str, Any]) -> dict[str, Any]:
     """All that is needed to use the student's weights, wherever they lie: `student/config.json`."""
     side, data, wanted = parts.student, parts.data, parts.recipe
@@ -392,10 +313,47 @@ def check_outputs(parts: Parts, sample: Batch) -> None:
         UserError: an output or the targets do not fit the task.
     """
     parts.task.check_data(parts.first_targets)
-    parts.task.check_output(
-        _answers("student", parts.student, parts.task, sample), f"student '{parts.student.name}'"
-    )
+    student = parts.student
+    output = _answers("student", student, parts.task, sample)
+    parts.task.check_output(output, f"student '{student.name}'")
+    _check_savable(student)
+    _look_at_scores(student, parts.task, output)
     _ = parts.teacher_answers
+
+
+def _look_at_scores(side: Side, task: Task, scores: Any) -> None:
+    """A note where class scores are probabilities.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    if not isinstance(scores, Tensor):
+        return
+    if not scores.isfinite().all():
+        raise UserError(
+            f"model '{side.name}' gives values that are not finite for the first pictures: look at its weights, "
+            "or at the mean and std of its pictures"
+        )
+    if task.logits and are_probabilities(scores):
+        side.notes.append(
+            "warning: its scores are probabilities: its output ends in a softmax, and what goes in is "
+            "wanted; take that layer off"
+        )
+
+
+def _check_savable(student: Side) -> None:
+    """Refuses a student whose weights could not be written at the end.
+
+    Raises:
+        UserError: its `state_dict` holds other things than plain tensors.
+    """
+    for key, value in student.model.state_dict().items():
+        plain = isinstance(value, Tensor) and not value.is_quantized and value.layout == torch.strided
+        if not plain or value.is_meta:
+            raise UserError(
+                f"student '{student.name}': '{key}' of its state_dict is no plain tensor, and cannot be "
+                "saved; quantised, sparse and empty (meta) models cannot be trained"
+            )
 
 
 def _answers(what: str, side: Side, task: Task, sample: Batch) -> Any:

@@ -22,9 +22,9 @@ def entries_of(output: Any) -> dict[Key, Tensor]:
 def class_scores(output: Any) -> tuple[Any, list[Tensor]]:
     """The class scores `(B, K)` of a classifier's output, and those of its auxiliary heads.
 
-    Scores are the output itself, its entry `logits`, the first of a tuple or list, or the only tensor in it
-    where that is `(B, K)`. Auxiliary heads are
-    entries named `aux...` beside `logits`, or in a plain tuple all further tensors of the scores' shape.
+    Scores are the output itself, its entry `logits` or `out`, the first of a tuple or list, or the only
+    tensor in it where that is `(B, K)`. Auxiliary heads are entries named `aux...` beside it, or in a plain
+    tuple all further tensors of the scores' shape.
 
     Returns:
         The scores, or the output as it is where it has none; the auxiliary heads', in their order.
@@ -37,8 +37,9 @@ def class_scores(output: Any) -> tuple[Any, list[Tensor]]:
     if isinstance(output, Tensor):
         return output, []
     entries = entries_of(output)
-    if "logits" in entries:
-        main = entries.pop("logits")
+    named = next((key for key in ("logits", "out") if key in entries), None)
+    if named is not None:
+        main = entries.pop(named)
         return main, [value for key, value in entries.items() if str(key).startswith("aux")]
     if isinstance(output, list | tuple) and output and isinstance(output[0], Tensor):
         main, *others = entries.values()
@@ -46,6 +47,18 @@ def class_scores(output: Any) -> tuple[Any, list[Tensor]]:
     if len(entries) == 1 and (only := next(iter(entries.values()))).dim() == 2:
         return only, []
     return output, []
+
+
+def are_probabilities(scores: Tensor) -> bool:
+    """Whether class scores `(B, K, ...)` are shares of 1, as a softmax gives them.
+
+    >>> import torch
+    >>> are_probabilities(torch.rand(2, 5).softmax(1)), are_probabilities(torch.rand(2, 5))
+    (True, False)
+    """
+    sums = scores.float().sum(1) if scores.dim() > 1 else scores.float()
+    whole = scores.dim() > 1 and scores.shape[1] > 1 and not scores.is_complex()
+    return bool(whole and (scores >= 0).all() and ((sums - 1).abs() < 1e-3).all())
 
 
 def entry(output: Any, key: Key | None) -> Tensor:

@@ -1,5 +1,6 @@
 """From a model's name to a module, and the pictures as that module wants them."""
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ def _source(name: str) -> tuple[ModuleType, str]:
 def _build_outside(name: str, known: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     function = load_object(name)
     check_kind(name, function, "a function that builds a model, or a torch.nn.Module", (nn.Module,))
+    if isinstance(function, nn.Module):  # a model that is there already
+        return copy.deepcopy(function)
     takes = inspect.signature(function).parameters
     if not _open_ended(function):
         _check_options(name, function, options)
@@ -135,7 +138,37 @@ def _build_outside(name: str, known: dict[str, Any], options: dict[str, Any]) ->
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model '{name}' returned {type(model).__name__}, not a torch.nn.Module")
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner  # trainer.compile compiles what is run, which a wrapper around the layers hides
+    if isinstance(model, nn.DataParallel):
+        model = model.module
+    try:
+        model.train(model.training)
+    except (AttributeError, NotImplementedError):  # frozen TorchScript, an exported program
+        return Modeless(model)
     return model
+
+
+class Modeless(nn.Module):
+    """A program that knows no training mode, which every other module does, and shows no weights or layers.
+
+    Args:
+        inner: frozen TorchScript, say.
+    """
+
+    inner: Any
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["inner"] = inner  # not as a part: whoever sets modes would meet it
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Modeless":
+        self.inner._apply(fn)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the program gives."""
+        return self.inner(*args, **kwargs)
 
 
 def _open_ended(function: Any) -> bool:

@@ -49,6 +49,11 @@ _CALLED = {
     **dict.fromkeys(("out", "output_dir", "out_dir", "save_dir"), "output"),
     **dict.fromkeys(("random_seed",), "seed"),
     **dict.fromkeys(("pretrained", "checkpoint"), "student.weights"),
+    **{f"{side}_{key}": f"{side}.{key}" for side in ("teacher", "student") for key in ("weights", "model")},
+    **dict.fromkeys(("image_size", "img_size", "input_size", "imgsz"), "data.image_size"),
+    **{key: f"data.{key}" for key in ("augment", "num_classes", "classes", "crop_size", "max_corrupt")},
+    "label_smoothing": "task.label_smoothing",
+    "temperature": "method.kd.temperature",
 }
 
 
@@ -106,6 +111,8 @@ def _reason(error: Any, known: list[str]) -> str:
         return f"unknown key{nearest(str(error['loc'][-1]), known)}"
     if kind == "missing":
         return "is needed"
+    if kind == "invalid_key":
+        return f"keys are names, this is {kind_of(got)}"
     if kind == "union_tag_invalid":
         return f"unknown '{context['tag']}'{nearest(context['tag'], _quoted(context['expected_tags']))}"
     if kind == "literal_error":

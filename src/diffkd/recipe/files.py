@@ -183,11 +183,11 @@ def _normalize(layer: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _methods(value: Any, where: str) -> dict[str, Any]:
-    """`diffkd`, `diffkd,kd`, `[diffkd, kd]`, `{diffkd: 0.5}` or the long form as the long form."""
+    """`diffkd`, `diffkd,kd`, `diffkd+kd`, `[diffkd, kd]`, `{diffkd: 0.5}` or the long form as that."""
     if value in (None, "none", []):
         return {}
     if isinstance(value, str):
-        value = value.split(",")
+        value = [name for part in value.split(",") for name in _joined(part)]
     if isinstance(value, list):
         value = {str(name).strip(): {} for name in value}
     if not isinstance(value, dict):
@@ -197,6 +197,16 @@ def _methods(value: Any, where: str) -> dict[str, Any]:
         number = options == "auto" or (isinstance(options, int | float) and not isinstance(options, bool))
         long[name] = {"weight": options} if number else {} if options is None else options
     return {name: options for name, options in long.items() if name != "none"}
+
+
+def _joined(names: str) -> list[str]:
+    """The names in `diffkd+kd`; a file's name may itself hold a plus.
+
+    >>> _joined("diffkd+my.py:Loss"), _joined("c++/my.py:Loss")
+    (['diffkd', 'my.py:Loss'], ['c++/my.py:Loss'])
+    """
+    parts = names.split("+")
+    return parts if all(part.strip().isidentifier() or is_path(part) for part in parts) else [names]
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any], replace: Sequence[str] = ()) -> dict[str, Any]:

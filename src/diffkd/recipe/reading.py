@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from diffkd.errors import UserError, kind_of
+from diffkd.errors import UserError, first_line, kind_of
 
 # More than any recipe holds; a few aliases of aliases stand for more values than fit any memory.
 MOST_VALUES = 20_000
@@ -36,7 +36,9 @@ def read_file(place: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{place}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        raise UserError(
+            f"{place}{line}: not YAML: {getattr(error, 'problem', None) or first_line(error)}"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"{place}: a recipe is a mapping of keys, this is {kind_of(found)}")
     return found
@@ -91,13 +93,37 @@ def _count(value: Any, depth: int, seen: int) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads `5e-4` as a number, and dates as text."""
+    """YAML that reads `5e-4` as a number; dates, times (`1:30`) and numbers that begin with 0 as text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys all differ."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{twice}' stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(([0-9][0-9_]*)?\.[0-9_]+|[0-9][0-9_]*\.)([eE][-+]?[0-9]+)?$|^[-+]?\d+[eE][-+]?\d+$"
+        r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
 )

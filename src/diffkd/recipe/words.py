@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -22,6 +23,7 @@ _TEXT_OPTIONS |= {
     *("train", "test", "train_images", "test_images", "images", "masks", "mask_suffix", "train_set"),
     *("image_ending", "label_ending", "label_field"),
 }
+_SHOWN = 80  # characters of a word in an error
 _TEXT_LISTS = {"data.classes", "data.class_order", "student.freeze", "teacher.freeze"}
 
 
@@ -40,6 +42,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     listed = text.lstrip()[:1] in ("[", "{")
     if key in _TEXT_LISTS and listed:
         return key, _read(key, text, parse_texts)
+    if key in _TEXT_LISTS and "," in text and not Path(text).exists():  # shells want brackets quoted
+        return key, [part.strip() for part in text.split(",")]
     if key in _TEXT | _TEXT_LISTS or (key.startswith("data.") and key[5:] in _TEXT_OPTIONS):
         return key, None if text in ("", "null") else text  # the words are the text
     value = _read(key, text, parse) if text else None
@@ -50,7 +54,8 @@ def _read(key: str, text: str, read: Callable[[str], Any]) -> Any:
     try:
         return read(text)
     except yaml.YAMLError as error:
-        raise UserError(f"command line: {key}: '{text}' cannot be read") from error
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise UserError(f"command line: {key}: '{shown}' cannot be read") from error
 
 
 def own_texts(content: dict[str, Any], overrides: Sequence[str]) -> None:

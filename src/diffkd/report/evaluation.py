@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
 from diffkd import __version__
-from diffkd.assembly import Parts, Side, assemble, check_outputs
+from diffkd.assembly import Parts, assemble, check_outputs
 from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.maths.randomness import cpu_threads, seed_everything
 from diffkd.pictures.held import part_of, says
 from diffkd.recipe.schema import Recipe, load
+from diffkd.recipe.sides import Side
 from diffkd.report.faults.base import Account, name_of, write_table
 from diffkd.report.faults.classification import ClassAccount
 from diffkd.report.faults.detection import BoxAccount

@@ -365,6 +365,9 @@ class Classification(Task):
         if not isinstance(output, Tensor) or output.dim() != 2:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(f"{model} gives {shape}, classification needs logits (B, {self.num_classes})")
+        if not output.is_floating_point():
+            kind = str(output.dtype).removeprefix("torch.")
+            raise UserError(f"{model} gives {kind}, classification needs logits in floating point")
         if output.shape[1] != self.num_classes:
             raise UserError(
                 f"{model} has {output.shape[1]} classes, the data has {self.num_classes}; "

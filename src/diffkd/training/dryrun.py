@@ -19,6 +19,8 @@ _FAILURES = (
 _HINTS = {
     "more than 1 value per channel": "give every device 2 pictures or more (data.batch_size)",
     "'tuple'": "it gives a tuple in training; build it without further outputs",
+    "'dict'": "it gives a dict in training, without an entry 'logits'",
+    "does not require grad": "nothing in it can learn: it has no weights, or cuts its output off from them",
 }
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkd.assembly import Parts, Side
+from diffkd.assembly import Parts
 from diffkd.batch import Batch
 from diffkd.errors import UserError
 from diffkd.pictures.loading import Loader
+from diffkd.recipe.sides import Side
 from diffkd.tasks.base import Figures, Task
 
 Look = Callable[[Batch, Any], None]  # is given a loader's batch and the answers for it

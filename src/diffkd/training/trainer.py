@@ -9,13 +9,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from diffkd.assembly import Side, assemble, check_outputs, describe_student
+from diffkd.assembly import assemble, check_outputs, describe_student
 from diffkd.batch import Batch
 from diffkd.errors import NotFiniteError, UserError
 from diffkd.maths.randomness import random_state, seed_everything, set_random_state
 from diffkd.models.measure import peak_memory, reset_peak_memory
 from diffkd.pictures.loading import Loader
 from diffkd.recipe.schema import Recipe, dump
+from diffkd.recipe.sides import Side
 from diffkd.runs.bar import ProgressBar
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder, load_checkpoint, resume_hint

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from diffkd import __version__
-from diffkd.assembly import Parts, Side, assemble
+from diffkd.assembly import Parts, assemble
 from diffkd.errors import UserError, nearest
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import load
+from diffkd.recipe.sides import Side
 from diffkd.training.evaluation import evaluate
 from diffkd.use.deploy import Detector, Distance, Standing, deployed, distance, examples
 from diffkd.use.runtime import Onnx, Runtime, loaded, needs, write

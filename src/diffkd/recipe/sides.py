@@ -1,0 +1,101 @@
+"""One model as a recipe names it: with its weights, and seeing pictures its own way."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffkd.batch import Batch
+from diffkd.data.base import Data
+from diffkd.errors import UserError
+from diffkd.models import base as models
+from diffkd.models.freeze import freeze
+from diffkd.models.origin import find_weights
+from diffkd.models.weights import load_state
+from diffkd.recipe.schema import ModelRecipe, TeacherRecipe
+from diffkd.tasks.base import Task
+
+
+@dataclass
+class Side:
+    """One model with its way of seeing pictures: the student, or the teacher.
+
+    Attributes:
+        notes: what was decided for the user, one line each.
+        weights: where its weights come from.
+        input_shape: `(C, H, W)` of pictures that it was built for.
+        fresh_head: its weights were made for other classes, so that its class scores mean nothing yet.
+        frozen: layers that stay in evaluation mode while it trains.
+    """
+
+    name: str
+    model: nn.Module
+    prepare: models.Preprocess
+    notes: list[str] = field(default_factory=list)
+    weights: str | None = None
+    fresh_head: bool = False
+    frozen: tuple[nn.Module, ...] = ()
+    input_shape: tuple[int, int, int] = (3, 0, 0)
+
+    def to(self, device: torch.device) -> "Side":
+        """Moves the model and its preparation to a device."""
+        self.model.to(device)
+        self.prepare.to(device)
+        return self
+
+    def forward(self, task: Task, batch: Batch) -> Any:
+        """The model's answers for a loader's batch."""
+        return task.predict(self.model, task.prepare(task.frame(batch), self.prepare))
+
+
+def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side:
+    """A model with its weights, seeing pictures as the recipe, its weights or the data say, in this order.
+
+    Args:
+        wanted: the model.
+        data: the data set that it is for.
+        resizes: pictures may be resized to what the model wants; else they keep their size.
+    """
+    weights = find_weights(wanted.model, wanted.weights)
+    wants = models.wants(wanted.model, weights.published)
+    size = None
+    if resizes:
+        size = wanted.size or (weights.told.get("size") or [None])[0] or wants.size
+    elif wanted.size is not None:
+        raise UserError(
+            f"{wanted.model}: size={wanted.size}, but this task keeps the pictures' size; set data.crop_size"
+        )
+    channels, height, width = data.image_shape
+    shape = (wants.channels or channels, size or height, size or width)
+    mean = wanted.mean or weights.told.get("mean") or wants.mean or data.mean
+    std = wanted.std or weights.told.get("std") or wants.std or data.std
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, shape[0]):
+            raise UserError(f"{wanted.model}: {key} has {len(values)} values for {shape[0]} channels")
+    options = models.without_start(wanted.options) if weights.state else wanted.options
+    model = models.build(wanted.model, num_classes=data.num_classes, image_shape=shape, options=options)
+    if channels == 3 and models.takes_grey(model):
+        shape = (1, *shape[1:])
+        mean, std = (models.grey_value(v) if len(v) == 3 else v for v in (mean, std))
+        weights.notes.append("it takes grey pictures: colours become grey")
+    resized = None if size is None or (size, size) == (height, width) else (size, size)
+    models.tell_normalisation(model, mean, std)
+    prepare = models.Preprocess(mean, std, resized, channels=shape[0])
+    side = Side(wanted.model, model, prepare, weights.notes, input_shape=shape)
+    if resized is not None:
+        side.notes.append(f"pictures of {height}x{width} resized to {size}x{size}")
+    if weights.state:
+        loaded = load_state(
+            model,
+            weights.state,
+            weights.source,
+            name=wanted.model,
+            num_classes=data.num_classes,
+            by_order=wanted.weights_by_order,
+        )
+        side.weights, side.fresh_head = weights.published or wanted.weights, loaded.fresh_head
+        side.notes.append(loaded.note)
+    section = "teacher" if isinstance(wanted, TeacherRecipe) else "student"
+    side.frozen = freeze(model, wanted.freeze, wanted.freeze_norm, section)
+    return side

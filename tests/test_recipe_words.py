@@ -1,0 +1,77 @@
+"""Words and YAML as people write them: nothing is read as another number, and no key is taken twice."""
+
+import pytest
+
+from diffkd.errors import UserError
+from diffkd.recipe.reading import parse
+from diffkd.recipe.schema import load
+from diffkd.recipe.words import parse_override
+
+GOOD = "task: classification\ndata: {name: digits}\nstudent: {model: simple/cnn2}\n"
+
+
+def error(tmp_path, text):
+    place = tmp_path / "r.yaml"
+    place.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        load(str(place))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_numbers_are_those_that_people_mean():
+    for text, value in {
+        "010": "010",
+        "1:30": "1:30",
+        "1:30.5": "1:30.5",
+        "1_000": 1000,
+        "0x10": 16,
+        "-3": -3,
+        "0": 0,
+        "0.0": 0.0,
+        ".5": 0.5,
+        "1.5e-3": 0.0015,
+        "12e3": 12000.0,
+        "1.2.3": "1.2.3",
+        ".inf": float("inf"),
+    }.items():
+        assert (parse(text), type(parse(text))) == (value, type(value)), text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD + "seed: 1\nseed: 2\n", "the key 'seed' stands there twice"),
+        (GOOD + "optimizer: {lr: 1, lr: 2}\n", "the key 'lr' stands there twice"),
+        (GOOD + "seed: 1:30\n", "seed: needs a whole number, got '1:30'"),
+        (GOOD + "seed: 010\n", "seed: needs a whole number, got '010'"),
+        (GOOD + "1: 2\n", "keys are names, this is 1"),
+        (GOOD.encode() + b"\0", "special characters are not allowed"),
+        (GOOD + "base: [a]\n", "base: unknown recipe"),
+    ],
+)
+def test_yaml_that_means_something_else_is_refused(tmp_path, text, words):
+    assert words in error(tmp_path, text)
+
+
+def test_several_methods_and_lists_need_no_brackets(tmp_path):
+    assert list(load("digits", ["method=diffkd+kd"]).method) == ["diffkd", "kd"]
+    assert list(load("digits", ["method=c++/my.py:Loss"]).method) == ["c++/my.py:Loss"]
+    assert parse_override("data.classes=ground, no") == ("data.classes", ["ground", "no"])
+    assert parse_override("student.freeze=layer1,layer2")[1] == ["layer1", "layer2"]
+    (tmp_path / "a,b.txt").touch()
+    assert parse_override(f"data.classes={tmp_path}/a,b.txt")[1] == f"{tmp_path}/a,b.txt"
+
+
+def test_words_of_other_places_lead_to_theirs():
+    for word, key in (
+        ("image_size", "data.image_size"),
+        ("teacher_weights", "teacher.weights"),
+        ("label_smoothing", "task.label_smoothing"),
+    ):
+        with pytest.raises(UserError, match=f"did you mean '{key}'"):
+            load("digits", [f"{word}=1"])
+    with pytest.raises(
+        UserError, match=r"command line: student.options: '\{a: \{a: .*\.\.\.' cannot be read"
+    ):
+        load("digits", ["student.options=" + "{a: " * 400])
