@@ -331,8 +331,8 @@ def _look_at_scores(side: Side, task: Task, scores: Any) -> None:
         return
     if not scores.isfinite().all():
         raise UserError(
-            f"model '{side.name}' gives values that are not finite for the first pictures: look at its weights, "
-            "or at the mean and std of its pictures"
+            f"model '{side.name}' gives values that are not finite for the first pictures: look at its "
+            "weights, or at the mean and std of its pictures"
         )
     if task.logits and are_probabilities(scores):
         side.notes.append(

@@ -146,7 +146,7 @@ def _build_outside(name: str, known: dict[str, Any], options: dict[str, Any]) ->
         model.train(model.training)
     except (AttributeError, NotImplementedError):  # frozen TorchScript, an exported program
         return Modeless(model)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 class Modeless(nn.Module):
