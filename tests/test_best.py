@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +125,18 @@ def test_a_bar_is_whole_at_80_columns():
     with screen.capture() as captured:
         screen.print(bar)
     assert captured.get().count("\n") == 1
+
+
+def test_a_notebook_shows_the_line_without_widgets(monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=lambda content, raw: shown.append(content["text/plain"]))
+    fake = SimpleNamespace(display=lambda content, **_: shown.append(content["text/plain"]) or handle)
+    monkeypatch.setitem(sys.modules, "IPython.display", fake)
+    with ProgressBar(Console(force_jupyter=True), 4) as bar:
+        bar.step(2, 16)
+        bar.step(2, 16)
+    assert [line.split("%")[0].strip() for line in shown] == ["0", "50", "100"]
+    assert "━" in shown[1]
 
 
 def test_a_log_gets_the_figure_of_each_epoch_and_a_line_a_minute(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -12,6 +13,8 @@ from diffkd.errors import plain
 
 MINUTE = 60.0  # seconds between two lines of a log
 _SURE = 10.0  # seconds of work after which the time that is left can be told
+_RATE = 8  # times a second that the line is brought up to date
+_CELL = 100  # characters of the line in a notebook
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -43,9 +46,11 @@ class ProgressBar:
         self._start = self._since = self._told = time.perf_counter()
         self._text, self._aside = "", ""
         self._figures: dict[str, float] = {}
-        self._live: Live | None = None
-        if console is not None:
-            self._live = Live(self, console=console, transient=True, refresh_per_second=8)
+        self._live: Live | _Cell | None = None
+        if console is not None and console.is_jupyter:
+            self._live = _Cell(lambda: self.line(_CELL))
+        elif console is not None:
+            self._live = Live(self, console=console, transient=True, refresh_per_second=_RATE)
 
     def __enter__(self) -> "ProgressBar":
         if self._live is not None:
@@ -62,6 +67,8 @@ class ProgressBar:
         """So many steps done, on so many images."""
         self._done += steps
         self._images += images
+        if isinstance(self._live, _Cell):
+            self._live.refresh()
 
     def show(self, what: str, losses: Mapping[str, float]) -> None:
         """Brings the line up to date."""
@@ -78,6 +85,8 @@ class ProgressBar:
 
     def _tell(self, now: float) -> None:
         left = self.left(now)
+        if isinstance(self._live, _Cell):
+            self._live.refresh()
         if self._whole and left is not None and now - self._start >= _SURE:
             self._whole = False
             if self._say is not None and left >= MINUTE:
@@ -121,6 +130,36 @@ class ProgressBar:
         now = time.perf_counter()
         spinner = _SPINNER[int(now * 10) % len(_SPINNER)]
         yield Text(f"{spinner} {self.line(options.max_width - 2, now)}", no_wrap=True, overflow="crop")
+
+
+class _Cell:
+    """The line in a notebook's output, brought up to date a few times a second; a terminal's needs a widget.
+
+    Args:
+        line: gives it.
+    """
+
+    def __init__(self, line: Callable[[], str]) -> None:
+        self._line, self._shown = line, 0.0
+        self._handle: Any = None
+
+    def start(self) -> None:
+        """Shows the line."""
+        from IPython.display import display
+
+        self._handle = display({"text/plain": self._line()}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+
+    def refresh(self) -> None:
+        """Shows the line as it is now, if that is due."""
+        now = time.perf_counter()
+        if self._handle is not None and now - self._shown >= 1 / _RATE:
+            self._shown = now
+            self._handle.update({"text/plain": self._line()}, raw=True)
+
+    def stop(self) -> None:
+        """Shows the line as it ended."""
+        self._shown = 0.0
+        self.refresh()
 
 
 def span(seconds: float) -> str:

@@ -115,7 +115,7 @@ class Distance(NamedTuple):
 def distance(module: nn.Module, runtime: Runtime, images: Tensor) -> Distance:
     """How far a file's answers for pictures `(B, C, H, W)` are from the module's."""
     detects, worst, boxes = isinstance(module, Detector), 0.0, 0
-    for some in images.split(1) if detects else [images]:
+    for some in torch.split(images, 1) if detects else [images]:
         ours, theirs = _several(module(some)), _several(runtime(some))
         if detects:  # the boxes that count; whether one of the others is kept may hang on the last digit
             count = int((ours[1] >= _SURE).sum()) or len(ours[1])
