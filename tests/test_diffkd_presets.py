@@ -68,7 +68,7 @@ def test_no_gradient_reaches_the_student_while_all_on_its_way_warms_up():
 
 
 def test_the_warm_up_goes_on_where_a_checkpoint_left_it():
-    module, other = DiffKD(5, 48), DiffKD(5, 48)
+    module, other = DiffKD(5, 48, warmup=0.2), DiffKD(5, 48, warmup=0.2)
     for m in (module, other):
         m.expect(10)
     module(*inputs())
@@ -80,8 +80,8 @@ def test_a_distiller_tells_its_methods_how_long_the_run_is():
     models = [nn.Sequential(nn.Conv2d(3, c, 3), nn.Flatten(), nn.Linear(36 * c, 5)) for c in (4, 8)]
     distiller = Distiller(*models, {"0": "0", "": ""}, {"diffkd": 1.0, "kd": 1.0}, torch.rand(2, 3, 8, 8))
     distiller.expect(50)
-    (waits,) = [m.waits for m in distiller.modules() if hasattr(m, "waits")]
-    assert waits == 10
+    (fades,) = [m.fades for m in distiller.modules() if hasattr(m, "fades")]
+    assert fades == 50
 
 
 def test_features_of_any_scale_and_offset_give_the_same_losses():

@@ -61,7 +61,6 @@ _ROBUST = Settings(
     num_steps=2,
     standardize=True,
     first_gamma=0.98,
-    warmup=0.2,
     fade=True,
     latent_limit=32,
     # One timestep for all samples is one vector, which the BatchNorm behind it takes away again.

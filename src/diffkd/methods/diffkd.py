@@ -37,9 +37,9 @@ class DiffKD(nn.Module):
         preset: what the other settings are where they are None. "paper" is the published method.
             "robust" departs from it where small students, short runs and features of any scale
             suffered: the teacher's feature is standardized, most of the student's feature is kept at the
-            start, the way through the diffusion model learns first (`warmup`), the end of the run belongs
-            to the labels (`fade`), maps wider than 32 channels are compared in 32, with 2 steps; class
-            scores ("kl") are compared as they are, at temperature 4, or 1 per position, which is plain KD.
+            start, the end of the run belongs to the labels (`fade`), maps wider than 32 channels are
+            compared in 32, with 2 steps; class scores ("kl") are compared as they are, at temperature 4,
+            or 1 per position, which is plain KD.
         latent_channels: width of the space that both are compared in; an autoencoder brings the
             teacher's feature there. None compares in the teacher's own space, or the preset's. Not for
             vectors.
