@@ -3,7 +3,9 @@
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,6 +188,23 @@ def test_the_recipe_of_ones_own_runs(diffkd, tmp_path):
 @pytest.mark.parametrize("place", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_examples_run(place):
     runpy.run_path(str(place), run_name="__main__")
+
+
+def test_the_packages_description_needs_no_file_beside_it(monkeypatch):
+    hook = SimpleNamespace(MetadataHookInterface=object)  # what builds the package is not at hand here
+    monkeypatch.setitem(sys.modules, "hatchling.metadata.plugin.interface", hook)
+    standalone = runpy.run_path(str(ROOT / "docs/package_readme.py"))["standalone"]
+    relative = re.compile(r"\]\((?!\w+:)[^)]+\)")
+    alone = standalone(PAGES["README.md"])
+    assert relative.search(PAGES["README.md"])
+    assert not relative.search(alone)
+    assert "speed (`docs/speed.md`)" in alone
+    assert "pip download --no-deps" in alone
+    there = standalone(PAGES["README.md"], "https://example.org/diffkd")
+    assert not relative.search(there)
+    assert "(https://example.org/diffkd/blob/main/docs/speed.md)" in there
+    assert "(https://example.org/diffkd/raw/main/docs/diffkd.svg)" in there
+    assert blocks("python", "README.md") == re.findall(r"^```python\n(.*?)^```$", alone, re.M | re.S)
 
 
 def test_links_to_files_lead_somewhere():
