@@ -13,6 +13,7 @@ from diffkd.errors import UserError
 from diffkd.maths.losses import binary_divergence
 from diffkd.models.base import build
 from diffkd.pictures.memory import ArraySplit, mix_batch, some
+from diffkd.report.evaluation import account_of
 from diffkd.tasks.classification import Classification
 
 DATA = """
@@ -39,6 +40,10 @@ def build(*, bad: bool = False):
 def task(**options):
     split = ArraySplit(torch.zeros(4, 3, 8, 8), torch.arange(4))
     return Classification(Data(split, split, 4, (3, 8, 8)), multi_label=True, **options)
+
+
+def test_no_confusion_is_counted_where_a_picture_shows_several_classes():
+    assert account_of(task(), "abcd") is None
 
 
 def batch(targets, images=None):

@@ -29,6 +29,7 @@ from diffkd.runs.identity import Identity, identify
 from diffkd.tasks.base import Task, task_class
 
 _FIRST = 16  # samples whose targets are looked at before any work
+_SLACK = 0.01  # by which pictures of 0 to 1 may leave that range
 
 
 @dataclass
@@ -313,6 +314,7 @@ def check_outputs(parts: Parts, sample: Batch) -> None:
         UserError: an output or the targets do not fit the task.
     """
     parts.task.check_data(parts.first_targets)
+    _check_pictures(parts, sample)
     student = parts.student
     output = _answers("student", student, parts.task, sample)
     parts.task.check_output(output, f"student '{student.name}'")
@@ -339,6 +341,31 @@ def _look_at_scores(side: Side, task: Task, scores: Any) -> None:
             "warning: its scores are probabilities: its output ends in a softmax, and what goes in is "
             "wanted; take that layer off"
         )
+
+
+def _check_pictures(parts: Parts, sample: Batch) -> None:
+    """Looks at the first pictures as the data set gives them, and says where their values are odd.
+
+    Raises:
+        UserError: they are no pictures `(C, H, W)`, uint8 or floating point.
+    """
+    pictures = [picture for picture in sample.images if isinstance(picture, Tensor)]
+    for picture in pictures:
+        shape = tuple(picture.shape)
+        if len(shape) != 3 or (shape[0] > 4 and shape[2] in (1, 3, 4) and shape != parts.data.image_shape):
+            raise UserError(f"pictures have the shape {shape}, where (C, H, W) belongs")
+        if picture.dtype != torch.uint8 and not picture.is_floating_point():
+            kind = str(picture.dtype).removeprefix("torch.")
+            raise UserError(f"pictures are {kind}: give uint8 of 0 to 255, or floating point of 0 to 1")
+    floats = [picture for picture in pictures if picture.is_floating_point()]
+    low = min((float(picture.min()) for picture in floats), default=0.0)
+    high = max((float(picture.max()) for picture in floats), default=1.0)
+    if low < -_SLACK or high > 1 + _SLACK:
+        note = (
+            f"warning: pictures hold floating-point values of {low:.3g} to {high:.3g}, where 0 to 1 is "
+            "meant, and the data's mean and std are of that scale"
+        )
+        parts.data = replace(parts.data, notes=(*parts.data.notes, note))
 
 
 def _check_savable(student: Side) -> None:

@@ -292,6 +292,8 @@ class Preprocess(nn.Module):
     def _one(self, images: Tensor) -> Tensor:
         if not images.is_floating_point():
             images = images.to(self.mean.dtype) / 255
+        elif images.dtype == torch.float64:  # as NumPy makes them
+            images = images.to(self.mean.dtype)
         if self.size is not None and images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
         if self.channels == 1 and images.shape[1] == 3:

@@ -298,7 +298,8 @@ def _official_cifar(folder: Path, name: str, download: bool) -> tuple[Arrays, Ar
             raise UserError(f"'{name}' cannot be downloaded to '{folder}': {error}") from error
         raise UserError(
             f"no intact {kind.base_folder} in '{folder}', nor train.npz and test.npz; "
-            "data.download=true fetches it"
+            "data.download=true fetches it; data=folder reads pictures in class folders, data=huggingface "
+            "those in parquet"
         ) from error
     splits = [
         Arrays(

@@ -300,11 +300,11 @@ def _bar(recipe: Recipe, batches: int) -> Any:
 
 
 def account_of(task: Task, names: Sequence[str]) -> Account | None:
-    """An empty account of a task's errors; None of a task of one's own, and of too many classes."""
+    """An empty account of a task's errors; None of one's own task, or of several classes a picture."""
     if not 0 < len(names) <= _MOST:
         return None
     if isinstance(task, Classification):
-        return ClassAccount(names)
+        return None if task.independent else ClassAccount(names)
     if isinstance(task, Segmentation):
         return MapAccount(names, task)
     return BoxAccount(names) if isinstance(task, Detection) else None
