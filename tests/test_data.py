@@ -265,7 +265,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     assert "is a file" in message(root=tmp_path / "readme.txt")
     assert "no train.npz" in message()
     assert "readme.txt" in message()
-    np.savez(tmp_path / "train.npz", images=PICTURES)
+    np.savez(tmp_path / "train.npz", pixels=PICTURES)
     assert "no x in" in message()
     np.savez(tmp_path / "train.npz", x=PICTURES)
     assert "no y in" in message()

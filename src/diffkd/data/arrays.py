@@ -24,7 +24,10 @@ def build(
       0 to 1, and `y` `(N,)`, integers;
     - `x_train.npy` and `y_train.npy`, `x_test.npy` and `y_test.npy`, of the same content;
     - `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, and `t10k-...`, gzipped or not, as
-      MNIST, Fashion-MNIST and their like come.
+      MNIST, Fashion-MNIST and their like come;
+    - one `.npz` file with `x_train`, `y_train`, `x_test`, `y_test`.
+
+    Other capitals are understood, so are `images` and `labels` for `x` and `y`, and `val` for `test`.
 
     Args:
         root: the folder.

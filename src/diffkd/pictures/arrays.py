@@ -155,48 +155,78 @@ def read_split(
     """One split of a folder; None where it has no file of it.
 
     Read are, in this order, `train.npz` with the arrays `x` and `y`; `x_train.npy` and
-    `y_train.npy`; and the files of MNIST, `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`
-    (`t10k-...` for the test), gzipped or not.
+    `y_train.npy`; the files of MNIST, `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`
+    (`t10k-...` for the test), gzipped or not; and the only `.npz` file with the arrays `x_train` and so on.
+    Capitals, and usual names in the place of `x`, `y` and `test`, are understood.
 
     Raises:
         UserError: a file is damaged or holds the wrong thing; it is named.
     """
-    for pictures, classes in _file_names(split):
-        source = folder / pictures
-        if source.is_file():
-            images = _checked_images(_read(source, "x"), source)
+    there = {place.name.lower(): place for place in sorted(folder.iterdir(), reverse=True) if place.is_file()}
+    for pictures, classes, keys in _file_names(split, list(there)):
+        source = there.get(pictures, folder / pictures)
+        found = _read(source, keys[0])
+        if found is not None:
+            images = _checked_images(found, source)
             if labels == "ignored":
                 return Arrays(images, None, f"'{source}'")
-            source = folder / classes
-            values = _read(source, "y")
+            source = there.get(classes, folder / classes)
+            values = _read(source, keys[1])
             if values is None and labels == "needed":
-                what = "no y in" if source.is_file() else "no labels: there is no"
-                raise UserError(f"{what} '{source}'; add them, or set data.labels=none")
+                what = (
+                    f"no y in '{source}'{_keys_of(source)}"
+                    if source.is_file()
+                    else f"no labels: there is no '{source}'"
+                )
+                raise UserError(f"{what}; add them, or set data.labels=none")
             targets = None if values is None else _checked_labels(values, len(images), source, first_label)
             return Arrays(images, targets, f"'{source}'")
+        if source.suffix == ".npz" and source.is_file() and split in pictures:
+            raise UserError(f"no x in '{source}'{_keys_of(source)}")
     return None
 
 
-def _file_names(split: str) -> Iterator[tuple[str, str]]:
-    """Where the pictures of a split may be, and its labels."""
-    yield f"{split}.npz", f"{split}.npz"
-    yield f"x_{split}.npy", f"y_{split}.npy"
+_Keys = tuple[tuple[str, ...], tuple[str, ...]]
+_X, _Y = ("x", "images", "data", "image"), ("y", "labels", "targets", "label")
+
+
+def _file_names(split: str, there: Sequence[str]) -> Iterator[tuple[str, str, _Keys]]:
+    """Where the pictures of a split may be, in lower case, and its labels; and what the arrays are called."""
+    names = (split,) if split == "train" else ("test", "val", "valid", "validation")
+    for name in names:
+        yield f"{name}.npz", f"{name}.npz", (_X, _Y)
+    for name in names:
+        yield f"x_{name}.npy", f"y_{name}.npy", ((), ())
     idx = "train" if split == "train" else "t10k"
     for ending in ("", ".gz"):
-        yield f"{idx}-images-idx3-ubyte{ending}", f"{idx}-labels-idx1-ubyte{ending}"
+        yield f"{idx}-images-idx3-ubyte{ending}", f"{idx}-labels-idx1-ubyte{ending}", ((), ())
+    archives = [name for name in there if name.endswith(".npz")]
+    for name in names if len(archives) == 1 else ():
+        x, y = (tuple(f"{a}_{b}" for key in kind for a, b in ((key, name), (name, key))) for kind in (_X, _Y))
+        yield archives[0], archives[0], (x, y)
 
 
-def _read(path: Path, key: str) -> np.ndarray | None:
-    """The array of a file, by its name an archive (then that at `key`), an array, or MNIST's; or None."""
+def _read(path: Path, keys: Sequence[str]) -> np.ndarray | None:
+    """The array of a file, of an archive that of the first key that it has; None where there is none."""
     if not path.is_file():
         return None
     with _naming(path):
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as archive:
-                return np.asarray(archive[key]) if key in archive else None
-        if path.suffix == ".npy":
+                known = {key.lower(): key for key in archive.files}
+                found = next((known[key] for key in keys if key in known), None)
+                return None if found is None else np.asarray(archive[found])
+        if path.suffix.lower() == ".npy":
             return np.asarray(np.load(path, allow_pickle=False))
         return _parse_idx(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+
+
+def _keys_of(path: Path) -> str:
+    """What is in an archive, in words."""
+    if path.suffix.lower() != ".npz":
+        return ""
+    with _naming(path), np.load(path, allow_pickle=False) as archive:
+        return f" (there: {', '.join(archive.files) or 'nothing'})"
 
 
 @contextlib.contextmanager
@@ -250,6 +280,8 @@ def _checked_labels(labels: np.ndarray, count: int, source: Path, first: int) ->
             f"labels in '{source}' have the shape {labels.shape}, which looks one-hot; store class indices "
             f"({count},): y.argmax(1)"
         )
+    if labels.shape == (count, 1):
+        labels = labels[:, 0]
     if labels.shape != (count,):
         raise UserError(
             f"labels in '{source}' have the shape {labels.shape}, must be ({count},), one a picture"
