@@ -39,6 +39,27 @@ def teacher(num_classes):
             return images.flatten(1)[:, :num_classes]
     return Runtime()
 
+def second(num_classes):
+    class Second(Net):
+        def forward(self, images, masks):
+            return self.body(images)
+    return Second(num_classes, "second")
+
+def later(num_classes):
+    class Later(Net):
+        def forward(self, images):
+            found = super().forward(images)
+            if self.steps == 4:
+                raise KeyError("scale")
+            return found
+    return Later(num_classes, "later")
+
+def stops(num_classes):
+    class Stops(Net):
+        def forward(self, images):
+            return next(iter([]))
+    return Stops(num_classes, "stops")
+
 def norm(num_classes):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, num_classes))
 """
@@ -63,6 +84,19 @@ def test_what_fails_in_training_mode_alone_is_refused_before_any_work(run, tmp_p
     with pytest.raises(UserError, match=r"1 picture fails: .*give every device 2 pictures or more"):
         run("norm", "method=none", "data.batch_size=1")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("second", r"cannot take pictures of \(1, 8, 8\): TypeError: .*missing 1 required .*'masks'"),
+        ("stops", r"cannot take pictures of \(1, 8, 8\): StopIteration \(nets.py, line \d+\)"),
+        ("later", r"^training step 3 fails: KeyError: 'scale' \(nets.py, line \d+\)"),
+    ],
+)
+def test_errors_of_models_of_ones_own_are_one_line(run, name, said):
+    with pytest.raises(UserError, match=said):
+        run(name, "method=none", "trainer.epochs=1")
 
 
 def test_weights_without_gradient_are_said_and_do_not_stand_in_the_way_of_resume(run, tmp_path):

@@ -39,6 +39,14 @@ def test_it_is_still_finished_and_its_lost_end_is_written_again(tiny, tmp_path, 
     assert folder.student_file.stat().st_mtime_ns == stamp
     for name in ("summary.json", "student/model.safetensors"):
         (folder.path / name).unlink()
+    (folder.path / "student/config.json").write_text("{")
+    (folder.path / "metrics.csv").unlink()
+    (folder.path / "summary.json").write_text("{")
+    run(tiny, folder.path, "resume=true", *words)
+    assert folder.damage(history=True) is None
+    assert folder.read_summary()["last"] == summary["last"]
+    for name in ("summary.json", "student/model.safetensors"):
+        (folder.path / name).unlink()
     again = run(tiny, folder.path, "resume=true", *words)
     assert again.student_file.read_bytes() == weights
     assert again.read_summary()["last"] == summary["last"]

@@ -59,6 +59,7 @@ def test_short_forms_mean_the_long_ones(tmp_path):
         ("{diffkd: 1.0, kd: 0.5}", {"diffkd": 1.0, "kd": 0.5}),
         ("{diffkd: {weight: 2, num_steps: 3}}", {"diffkd": 2.0}),
         ("diffkd,kd", {"diffkd": None, "kd": None}),
+        ("diffkd + kd", {"diffkd": None, "kd": None}),
         ("none", {}),
         ("null", {}),
     ],

@@ -23,6 +23,7 @@ from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.training.devices import in_one_line
 from diffkd.training.evaluation import evaluate
+from diffkd.use.student import read_config
 
 
 def test_a_run_folder_is_one_processs_and_an_unused_one_leaves_no_trace(tmp_path):
@@ -50,9 +51,24 @@ DAMAGED = {
     "another mapping": b'{"a": {}}',
     "a header alone": b"epoch,step,top1\n",
     "words": b"epoch,top1\n1,many\n",
+    "a cut row": b"epoch,step,top1\n1,5,0.5\n2,1",
+    "a cut number": b"epoch,step,top1\n1,5,0.5\n2,10,0.",
     "too long a row": b"epoch,top1\n1,0.5,7,8\n",
     "nul": b"epoch,top1\n\0\0\0\0",
 }
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    folder.create("seed: 0\n")
+    (folder.path / "student").mkdir()
+    for name, read in (
+        ("metrics.csv", folder.read_history),
+        ("student/config.json", lambda: read_config(folder.path / "student")),
+    ):
+        os.mkfifo(folder.path / name)
+        with pytest.raises(UserError, match=f"{name}' is not a file"):
+            read()
 
 
 @pytest.mark.parametrize("content", DAMAGED)
@@ -63,6 +79,7 @@ def test_damaged_side_files_are_one_line_that_names_them(tmp_path, content):
         "summary.json": folder.read_summary,
         "metrics.csv": folder.read_history,
         "identity.json": folder.read_identity,
+        "config.json": lambda: read_config(folder.path),
     }
     for name, read in readers.items():
         (folder.path / name).write_bytes(DAMAGED[content])

@@ -1,7 +1,7 @@
 """From a recipe to the things that it names: data, task, models, distiller."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd import __version__
 from diffkd.batch import Batch
 from diffkd.data.base import Data, Loader, Split, Streamed
 from diffkd.distiller import Distiller
-from diffkd.errors import UserError, first_line
+from diffkd.errors import UserError, first_line, told
 from diffkd.features.outputs import are_probabilities
 from diffkd.methods.base import method_class
 from diffkd.models import base as models
 from diffkd.models.measure import Cost, cost, device_of
-from diffkd.pictures.memory import mix_batch
+from diffkd.pictures.memory import mix_batch, odd_range
 from diffkd.pictures.unlabelled import joined
-from diffkd.pictures.view import TestView
 from diffkd.recipe.classes import build_data
 from diffkd.recipe.schema import Recipe, check_options
 from diffkd.recipe.sides import Side, build_side
@@ -85,10 +83,17 @@ class Parts:
         return lambda batch, generator: mix_batch(batch, classes, wanted.mixup, wanted.cutmix, generator)
 
     def sample(self, size: int, device: torch.device | None = None) -> Batch:
-        """The first test samples as one batch."""
-        count = min(size, len(self.data.test))
+        """The first test samples as one batch.
+
+        Raises:
+            UserError: there is none.
+        """
+        count = min(size, len(self.data.test)) or 1
         rows = self.loader(self.data.test, shuffle=False, batch_size=count, device=device, workers=0)
-        return self.task.sample(next(iter(rows.epoch())))
+        batch = next(iter(rows.epoch()), None)
+        if batch is None:
+            raise UserError("there is not one test sample; give some, or a share of the training samples")
+        return self.task.sample(batch)
 
     def first_targets(self, split: Split) -> Any:
         """The targets of a split's first samples; None where they carry none."""
@@ -280,33 +285,6 @@ def _check_head(recipe: Recipe, task: Task, teacher: Side) -> None:
         )
 
 
-def describe_student(parts: Parts, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """All that is needed to use the student's weights, wherever they lie: `student/config.json`."""
-    side, data, wanted = parts.student, parts.data, parts.recipe
-    channels, height, width = data.image_shape
-    view = data.view or (
-        TestView("resize", (height, width), channels=channels)
-        if parts.task.resizes
-        else TestView("whole", channels=channels)
-    )
-    return {
-        "diffkd": __version__,
-        "model": side.name,
-        "options": models.without_start(wanted.student.options),
-        "input_shape": list(side.input_shape),
-        "task": wanted.task.name,
-        "task_options": wanted.task.options,
-        "num_classes": data.num_classes,
-        "class_names": list(data.class_names),
-        "image_shape": list(data.image_shape),
-        "view": view.as_dict(),
-        "mean": side.prepare.mean.flatten().tolist(),
-        "std": side.prepare.std.flatten().tolist(),
-        "size": side.prepare.size,
-        "figures": dict(figures),
-    }
-
-
 def check_outputs(parts: Parts, sample: Batch) -> None:
     """Runs both models once, and looks at the first targets.
 
@@ -314,6 +292,8 @@ def check_outputs(parts: Parts, sample: Batch) -> None:
         UserError: an output or the targets do not fit the task.
     """
     parts.task.check_data(parts.first_targets)
+    if (odd := odd_range(sample.images)) is not None:
+        (parts.say or warnings.warn)(odd)
     _check_pictures(parts, sample)
     student = parts.student
     output = _answers("student", student, parts.task, sample)
@@ -392,9 +372,9 @@ def _answers(what: str, side: Side, task: Task, sample: Batch) -> Any:
             return side.forward(task, sample)
     except UserError:
         raise
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # of a model of anybody's own
         size = tuple(sample.images[0].shape)
-        first = first_line(error)
+        first = first_line(error) if isinstance(error, RuntimeError | ValueError) else told(error)
         raise UserError(f"{what} '{side.name}' cannot take pictures of {size}: {first}") from error
     finally:
         side.model.train(training)

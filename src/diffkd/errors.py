@@ -75,8 +75,13 @@ def told(error: Exception) -> str:
     """
     kind, first = type(error).__name__, first_line(error)
     said = kind if first == kind else f"{kind}: {first}"
-    own = [f for f in traceback.extract_tb(error.__traceback__) if not _installed(f.filename)]
+    own = own_frames(error)
     return said + (f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else "")
+
+
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where an error passed through code that a user wrote."""
+    return [f for f in traceback.extract_tb(error.__traceback__) if not _installed(f.filename)]
 
 
 def _installed(file: str) -> bool:

@@ -148,12 +148,18 @@ def weights_file(source: str | Path) -> Path:
 
 def description(source: str | Path) -> dict[str, Any]:
     """What the `config.json` of a student that was trained here says of it; empty where there is none."""
+    found = _config_of(source)
+    return found if "image_shape" in found else {}
+
+
+def _config_of(source: str | Path) -> dict[str, Any]:
+    """The `config.json` beside weights; empty where there is none, or none that can be read."""
     place = weights_file(source).with_name("config.json")
     try:
-        found = json.loads(place.read_text())
-    except (OSError, ValueError):
+        found = json.loads(place.read_text()) if place.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and "image_shape" in found else {}
+    return found if isinstance(found, dict) else {}
 
 
 def told_classes(source: str | Path) -> tuple[str, ...]:
@@ -163,19 +169,17 @@ def told_classes(source: str | Path) -> tuple[str, ...]:
     entry `class_names` of a `.safetensors` file's metadata, a list in JSON.
     """
     try:
-        place = weights_file(source)
-        told = json.loads(place.with_name("config.json").read_text())
-    except (OSError, ValueError, UserError):
+        told = _config_of(source)
+    except UserError:  # of weights that are not there
         told = {}
-    if isinstance(told, dict):
-        published = told.get("pretrained_cfg")
-        inner = published if isinstance(published, dict) else {}
-        labels = told.get("id2label")
-        for names in (told.get("class_names"), told.get("label_names"), inner.get("label_names")):
-            if isinstance(names, list) and names:
-                return tuple(map(str, names))
-        if isinstance(labels, dict) and labels and all(str(key).isdecimal() for key in labels):
-            return tuple(str(labels[key]) for key in sorted(labels, key=int))
+    published = told.get("pretrained_cfg")
+    inner = published if isinstance(published, dict) else {}
+    labels = told.get("id2label")
+    for names in (told.get("class_names"), told.get("label_names"), inner.get("label_names")):
+        if isinstance(names, list) and names:
+            return tuple(map(str, names))
+    if isinstance(labels, dict) and labels and all(str(key).isdecimal() for key in labels):
+        return tuple(str(labels[key]) for key in sorted(labels, key=int))
     return _in_metadata(Path(source))
 
 

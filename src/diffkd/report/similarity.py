@@ -9,10 +9,12 @@ from torch import Tensor
 
 from diffkd.assembly import Parts, assemble
 from diffkd.distiller import Distiller
+from diffkd.errors import UserError
 from diffkd.maths.layers import pooled
 from diffkd.maths.randomness import cpu_threads, seed_everything
 from diffkd.pictures.held import classes_in, part_of, spread
 from diffkd.recipe.schema import MethodRecipe, Recipe, load
+from diffkd.runs.disk import read_json
 from diffkd.runs.folder import RunFolder
 from diffkd.use.trained import as_trained, load_methods
 
@@ -94,10 +96,10 @@ def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
 def _read(place: Path) -> Similarity | None:
     """What was measured before; None where it was not, or where the file is damaged: it is measured anew."""
     try:
-        kept = json.loads(place.read_bytes())
-    except (OSError, ValueError):
+        kept = read_json(place)
+    except UserError:
         return None
-    if not isinstance(kept, dict) or kept.get("estimator") != ESTIMATOR:
+    if kept.get("estimator") != ESTIMATOR:
         return None
     found = kept.get("pairs")
     sides = ("before", "after")

@@ -85,16 +85,26 @@ def first_line(place: Path) -> str:
         return ""
 
 
+def read_whole(place: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        UserError: it cannot be read, or is none (a pipe, say, would be waited for).
+    """
+    with saying_where(place):
+        if place.exists() and not place.is_file():
+            raise UserError(f"'{place}' is not a file")
+        return place.read_bytes()
+
+
 def read_json(place: Path) -> dict[str, Any]:
     """A mapping from a JSON file.
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    with saying_where(place):
-        content = place.read_bytes()
     try:
-        found = json.loads(content)
+        found = json.loads(read_whole(place))
     except (ValueError, RecursionError) as error:
         raise UserError(f"'{place}' is damaged: {reason_of(error)}") from error
     if not isinstance(found, dict):

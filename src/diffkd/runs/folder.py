@@ -28,6 +28,7 @@ from diffkd.runs.disk import (
     first_line,
     is_full,
     read_json,
+    read_whole,
     reason_of,
     saying_where,
     settle,
@@ -199,10 +200,11 @@ class RunFolder:
             UserError: the file is missing or damaged.
         """
         place = self.path / "metrics.csv"
-        with saying_where(place):
-            content = place.read_bytes()
+        content = read_whole(place)
         try:
             rows = list(csv.DictReader(io.StringIO(content.decode()), strict=True))
+            if not content.endswith(b"\n") or any(None in row.values() for row in rows):
+                raise ValueError("its last row is cut off")
             history = [{k: float(v) for k, v in row.items() if v} for row in rows]
         except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"'{place}' is damaged: {reason_of(error)}") from error
@@ -220,8 +222,12 @@ class RunFolder:
         self.write_text("checksums.json", json.dumps(checksums, indent=2) + "\n")
         self.write_text("summary.json", text)
 
-    def damage(self) -> str | None:
-        """What of a finished run is damaged or missing; None where all fits its checksums."""
+    def damage(self, *, history: bool = False) -> str | None:
+        """What of a finished run is damaged or missing; None where all fits its checksums.
+
+        Args:
+            history: also looks whether metrics.csv can be read, which has no checksum.
+        """
         place = self.path / "checksums.json"
         try:
             wanted = read_json(place) if place.is_file() else {}
@@ -232,6 +238,11 @@ class RunFolder:
                 return f"'{self.path / name}' is missing"
             if f"{checksum(self.path / name):08x}" != recorded:
                 return f"'{self.path / name}' is damaged: its checksum does not fit"
+        if history:
+            try:
+                self.read_history()
+            except UserError as error:
+                return str(error)
         return None
 
     def read_summary(self) -> dict[str, Any]:
@@ -255,6 +266,11 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run went to its end."""
         return (self.path / "summary.json").is_file()
+
+    def reopen(self) -> None:
+        """Takes back that the run is finished, so that its end is written again."""
+        with saying_where(self.path):
+            (self.path / "summary.json").unlink()
 
     def write_student(
         self, state: Mapping[str, Tensor], config: Mapping[str, Any], name: str = "student"

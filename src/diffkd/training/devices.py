@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,12 +13,13 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import nn
 
-from diffkd.errors import UserError, first_line
+from diffkd.errors import UserError, first_line, own_frames, told
 from diffkd.recipe.schema import Recipe
 from diffkd.recipe.training import TrainerRecipe
 
 T = TypeVar("T")
 
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -86,6 +88,23 @@ def is_first() -> bool:
 
 
 @contextmanager
+def own_code(what: str) -> Iterator[None]:
+    """Turns an error out of somebody's own model or method into one line that says where it is.
+
+    Args:
+        what: fails, as the line begins.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not own_frames(error) or _NO_MEMORY.search(str(error)):
+            raise
+        raise UserError(f"{what} fails: {told(error)}") from error
+
+
+@contextmanager
 def in_one_line(recipe: Recipe) -> Iterator[None]:
     """Turns what a machine runs out of into one line that says what to lower."""
     less = f"lower data.batch_size ({recipe.data.batch_size}), or raise trainer.accumulate with it"
@@ -97,7 +116,7 @@ def in_one_line(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"out of memory; {less}") from error
     except RuntimeError as error:
         line = first_line(error)
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+        if _NO_MEMORY.search(str(error)):
             raise UserError(f"out of memory; {less}") from error
         if line.startswith("DataLoader worker") and "killed" in line:
             raise UserError(

@@ -7,15 +7,6 @@ from diffkd.batch import Batch
 from diffkd.errors import UserError, told
 from diffkd.maths.randomness import random_state, set_random_state
 
-_FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    LookupError,
-    NotImplementedError,
-)
 _HINTS = {
     "more than 1 value per channel": "give every device 2 pictures or more (data.batch_size)",
     "'tuple'": "it gives a tuple in training; build it without further outputs",
@@ -50,7 +41,9 @@ def try_step(step: nn.Module, sample: Batch, student: str) -> list[str]:
             raise UserError("there is no loss: neither a method nor labels to learn from")
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
         return [name for name, p in step.named_parameters() if p.requires_grad and p.grad is None]
-    except _FAILURES as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a model, a method or a task of anybody's own
         raise UserError(_refusal(error, student, count)) from error
     finally:
         with torch.no_grad():

@@ -4,13 +4,43 @@ from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from diffkd.assembly import describe_student
+from diffkd import __version__
+from diffkd.assembly import Parts
+from diffkd.models import base as models
 from diffkd.models.measure import machine
+from diffkd.pictures.view import TestView
 from diffkd.runs.folder import load_checkpoint, step_of
 from diffkd.training.meter import Place
 
 if TYPE_CHECKING:
     from diffkd.training.trainer import Trainer
+
+
+def describe_student(parts: Parts, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is needed to use the student's weights, wherever they lie: `student/config.json`."""
+    side, data, wanted = parts.student, parts.data, parts.recipe
+    channels, height, width = data.image_shape
+    view = data.view or (
+        TestView("resize", (height, width), channels=channels)
+        if parts.task.resizes
+        else TestView("whole", channels=channels)
+    )
+    return {
+        "diffkd": __version__,
+        "model": side.name,
+        "options": models.without_start(wanted.student.options),
+        "input_shape": list(side.input_shape),
+        "task": wanted.task.name,
+        "task_options": wanted.task.options,
+        "num_classes": data.num_classes,
+        "class_names": list(data.class_names),
+        "image_shape": list(data.image_shape),
+        "view": view.as_dict(),
+        "mean": side.prepare.mean.flatten().tolist(),
+        "std": side.prepare.std.flatten().tolist(),
+        "size": side.prepare.size,
+        "figures": dict(figures),
+    }
 
 
 def summary_of(

@@ -12,6 +12,7 @@ from diffkd.errors import UserError
 from diffkd.pictures.loading import Loader
 from diffkd.recipe.sides import Side
 from diffkd.tasks.base import Figures, Task
+from diffkd.training.devices import own_code
 
 Look = Callable[[Batch, Any], None]  # is given a loader's batch and the answers for it
 
@@ -57,7 +58,8 @@ def evaluate(
                 if reference is None:
                     raise UserError("the test pictures carry no labels; there is no teacher to agree with")
                 batch = batch._replace(targets=task.answers(reference.forward(task, batch)))
-            answers = side.forward(task, batch)
+            with own_code(f"'{side.name}' on the test pictures"):
+                answers = side.forward(task, batch)
         if reduced is not None and isinstance(answers, Tensor) and answers.is_floating_point():
             answers = answers.float()
         task.update(metrics, answers, batch)

@@ -71,7 +71,12 @@ def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter, witness: Witness | 
 
 def _take(trainer: Trainer, held: ExitStack) -> None:
     """Keeps the run's folder for this process, and looks again whether it may be written to."""
-    if not trainer.folder.finished:
-        held.enter_context(trainer.folder.lock())
-    check_folder(trainer.folder, trainer.recipe)
-    check_identity(trainer.folder, trainer.parts.identity)
+    folder = trainer.folder
+    damage = folder.damage(history=True) if folder.finished else None
+    if not folder.finished or damage is not None:
+        held.enter_context(folder.lock())
+    check_folder(folder, trainer.recipe)
+    check_identity(folder, trainer.parts.identity)
+    if damage is not None and folder.list_checkpoints():
+        trainer.reporter.warn(f"{damage}; the end of the run is written again")
+        folder.reopen()

@@ -12,6 +12,7 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from diffkd.errors import UserError, first_line
 from diffkd.recipe.schema import Recipe
 from diffkd.runs.console import Reporter
+from diffkd.runs.disk import read_json
 from diffkd.runs.folder import RunFolder
 
 PROJECT = "diffkd"
@@ -140,7 +141,7 @@ class Loggers:
     def __init__(self, folder: RunFolder, recipe: Recipe, reporter: Reporter) -> None:
         self.reporter = reporter
         place = folder.path / "loggers.json"
-        known = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        known = read_json(place) if place.is_file() else {}
         self.open: dict[str, Logger] = {}
         for name in dict.fromkeys(recipe.trainer.loggers):
             try:

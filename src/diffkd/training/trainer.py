@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from diffkd.assembly import assemble, check_outputs, describe_student
+from diffkd.assembly import assemble, check_outputs
 from diffkd.batch import Batch
 from diffkd.errors import NotFiniteError, UserError
 from diffkd.maths.randomness import random_state, seed_everything, set_random_state
@@ -24,11 +24,11 @@ from diffkd.runs.places import check_folder, check_identity
 from diffkd.tasks.base import Figures, near_chance
 from diffkd.training.balance import Balance
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state, unwrapped
-from diffkd.training.devices import as_channels_last, expect_unused, fuses, gathered, on_first
+from diffkd.training.devices import as_channels_last, expect_unused, fuses, gathered, on_first, own_code
 from diffkd.training.dryrun import try_step
 from diffkd.training.early import Choice, ended, is_asked, is_late, watching
 from diffkd.training.ema import Ema
-from diffkd.training.ending import summary_of, write_best
+from diffkd.training.ending import describe_student, summary_of, write_best
 from diffkd.training.evaluation import Look, Witness, evaluate
 from diffkd.training.interrupt import InterruptedRunError, StopRequest
 from diffkd.training.length import Length
@@ -133,7 +133,8 @@ class Trainer:
             self.reporter.note(f"the run in {self.folder.path} is finished")
             return self.folder
         # What only the end needs is tried before the beginning.
-        self.costs = self._measure() if self.fabric.is_global_zero else {}
+        with own_code("a model, while its cost is measured,"):
+            self.costs = self._measure() if self.fabric.is_global_zero else {}
         # From here on every process draws its own noise.
         seed_everything(self.recipe.seed, self.fabric.global_rank)
         reset_peak_memory(self.fabric.device)
@@ -236,7 +237,8 @@ class Trainer:
         set_lr(optimizer, self.lr)
         self.distiller.at(self.length.progress(place.step))
         with self.fabric.no_backward_sync(self.step, enabled=not updates):
-            losses = self.balance(self.step(batch), place.step)
+            with own_code(f"training step {place.step + 1}"):
+                losses = self.balance(self.step(batch), place.step)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
             self.fabric.backward(total / trainer.accumulate)
         if updates:

@@ -1,6 +1,5 @@
 """A trained student from its folder alone: model, preparation and task, wherever the folder lies."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffkd.models.weights import load_weights
 from diffkd.names import is_path
 from diffkd.pictures.decoding import decode
 from diffkd.pictures.view import TestView
+from diffkd.runs.disk import read_json
 from diffkd.tasks.base import Task, task_class
 
 _NEEDED = ("model", "task", "image_shape", "mean", "std")
@@ -152,15 +152,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: it cannot be read, or lacks what is needed.
     """
     place = folder / "config.json"
-    try:
-        config = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{place}' cannot be read: {error}") from error
-    missing = [key for key in _NEEDED if not isinstance(config, dict) or key not in config]
+    config = read_json(place)
+    missing = [key for key in _NEEDED if key not in config]
     if missing:
         raise UserError(f"'{place}' does not say '{missing[0]}': it is no description of a student")
-    found: dict[str, Any] = config
-    return found
+    return config
 
 
 def _old_view(data: Data, task: Task) -> TestView:
