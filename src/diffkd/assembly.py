@@ -17,7 +17,7 @@ from diffkd.features.outputs import are_probabilities
 from diffkd.methods.base import method_class
 from diffkd.models import base as models
 from diffkd.models.measure import Cost, cost, device_of
-from diffkd.pictures.memory import mix_batch, odd_range
+from diffkd.pictures.memory import mix_batch
 from diffkd.pictures.unlabelled import joined
 from diffkd.recipe.classes import build_data
 from diffkd.recipe.schema import Recipe, check_options
@@ -292,8 +292,6 @@ def check_outputs(parts: Parts, sample: Batch) -> None:
         UserError: an output or the targets do not fit the task.
     """
     parts.task.check_data(parts.first_targets)
-    if (odd := odd_range(sample.images)) is not None:
-        (parts.say or warnings.warn)(odd)
     _check_pictures(parts, sample)
     student = parts.student
     output = _answers("student", student, parts.task, sample)
@@ -329,6 +327,8 @@ def _check_pictures(parts: Parts, sample: Batch) -> None:
     Raises:
         UserError: they are no pictures `(C, H, W)`, uint8 or floating point.
     """
+    if isinstance(sample.images, dict):
+        raise UserError("samples are mappings; give (image, target)")
     pictures = [picture for picture in sample.images if isinstance(picture, Tensor)]
     for picture in pictures:
         shape = tuple(picture.shape)

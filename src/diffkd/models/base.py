@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.errors import UserError, kind_of, nearest, told
+from diffkd.errors import UserError, nearest, told
 from diffkd.names import check_kind, is_path, load_object, load_submodule, submodules
 
 PART_WEIGHTS = ("encoder_weights", "backbone_weights")  # options that name a file, or published weights
@@ -251,9 +251,6 @@ def grey_value(values: Sequence[float]) -> tuple[float, ...]:
     return (sum(share * value for share, value in zip(_LUMA, values, strict=True)),)
 
 
-_WANTED = "a tensor (C, H, W), uint8 (0 to 255) or floating point (0 to 1)"
-
-
 class Preprocess(nn.Module):
     """Pictures of a batch as one model wants them: floating point, its size, its normalisation.
 
@@ -287,22 +284,14 @@ class Preprocess(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """`(B, C, H, W)`, or a list of `(C, H, W)`, uint8 or float in 0 to 1, to normalised float.
-
-        Raises:
-            UserError: they are no pictures, or hold other whole numbers.
-        """
+        """`(B, C, H, W)`, or a list of `(C, H, W)`, uint8 or float in 0 to 1, to normalised float."""
         if isinstance(images, list):
             return [self._one(image[None])[0] for image in images]
         return self._one(images)
 
     def _one(self, images: Tensor) -> Tensor:
-        if not isinstance(images, Tensor):
-            raise UserError(f"samples are (image, target), image {_WANTED}; these are {kind_of(images)}")
-        if images.dtype == torch.uint8:
+        if not images.is_floating_point():
             images = images.to(self.mean.dtype) / 255
-        elif not images.is_floating_point():
-            raise UserError(f"images are {str(images.dtype).removeprefix('torch.')}; give {_WANTED}")
         elif images.dtype == torch.float64:  # as NumPy makes them
             images = images.to(self.mean.dtype)
         if self.size is not None and images.shape[-2:] != self.size:

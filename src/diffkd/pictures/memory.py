@@ -268,23 +268,6 @@ def evenly_labelled(order: Tensor, labelled: int, batch_size: int) -> Tensor:
     return found[(2 * batch + (found >= labelled)).argsort(stable=True)]
 
 
-def odd_range(images: Any) -> str | None:
-    """What is odd about the values of floating-point pictures, in a line.
-
-    >>> odd_range(torch.tensor([-2.1, 2.6]))
-    'pictures hold values of -2.1 to 2.6: 0 to 1 is expected, before normalisation (uint8: 0 to 255)'
-    """
-    if not (isinstance(images, Tensor) and images.is_floating_point() and images.numel()):
-        return None
-    low, high = images.min().item(), images.max().item()
-    if low >= -0.1 and high <= 1.5:
-        return None
-    return (
-        f"pictures hold values of {low:.3g} to {high:.3g}: 0 to 1 is expected, before normalisation "
-        "(uint8: 0 to 255)"
-    )
-
-
 def mix_batch(
     batch: Batch, num_classes: int, mixup_alpha: float, cutmix_alpha: float, generator: torch.Generator
 ) -> Batch:
