@@ -122,5 +122,5 @@ def test_clean_lists_and_removes_what_is_old_and_not_in_use(teachers, diffkd):
 def test_clean_asks_first(teachers):
     command = [sys.executable, "-m", "diffkd", "clean", "teachers"]
     done = subprocess.run(command, input="n\n", capture_output=True, text=True, check=False)
-    assert (done.returncode, "remove them?" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, "remove 3 of them, 4.5 MB?" in done.stdout) == (0, True), done.stderr
     assert len([p for p in teachers.iterdir() if p.is_dir()]) == 3

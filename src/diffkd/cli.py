@@ -27,7 +27,10 @@ app = typer.Typer(
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A built-in recipe or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, nested by dots: trainer.epochs=5 seed=1"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides, nested by dots: trainer.epochs=5 seed=1. All keys: diffkd settings",
+    ),
 ]
 
 RunFolderName = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a student's folder.")]
@@ -211,7 +214,7 @@ def clean(
     """List the teachers kept in the cache (DIFFKD_CACHE) and the runs in runs/, with size and age, and which
     runs need a teacher; remove teachers on request that no run needs.
     """
-    from diffkd.report.clean import Wanted, found_runs, kept_teachers, remove
+    from diffkd.report.clean import Wanted, found_runs, kept_teachers, remove, told
 
     wanted = Wanted.parse(words or [])
     if not wanted.remove:
@@ -220,10 +223,16 @@ def clean(
     found = kept_teachers(wanted.older)
     for kept in found:
         print(kept)
-    print(f"{len(found)} teachers, {sum(kept.size for kept in found) / 1e6:.1f} MB")
-    if found and wanted.remove and (wanted.sure or typer.confirm("remove them?")):
-        for line in remove(found):
-            print(line)
+    print(told(found, "teachers"))
+    free = [kept for kept in found if not kept.users]
+    if wanted.remove and found:
+        left = ", the others are needed" * (len(free) < len(found))
+        if not free or wanted.sure or typer.confirm(f"remove {told(free, 'of them')}{left}?"):
+            for line in remove(found):
+                print(line)
+    elif free:
+        line = f"diffkd clean teachers  removes what no run needs: {told(free, 'of them')}"
+        print(line, file=sys.stderr)
 
 
 def _width() -> int | None:

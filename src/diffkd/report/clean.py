@@ -91,6 +91,15 @@ def kept_teachers(older: float = 0.0) -> list[Kept]:
     return sorted((kept for kept in found if kept.age >= older), key=lambda kept: -kept.age)
 
 
+def told(kept: Sequence[Kept], what: str) -> str:
+    """How many there are and how large they are together.
+
+    >>> told([], "teachers")
+    '0 teachers, 0.0 MB'
+    """
+    return f"{len(kept)} {what}, {sum(one.size for one in kept) / 1e6:.1f} MB"
+
+
 def found_runs(folder: str = "runs") -> list[Kept]:
     """The runs beneath a folder, the oldest first; whoever wants one gone removes its folder."""
     places = [place.parent for place in Path(folder).glob("**/recipe.yaml") if _is_run(place.parent)]
