@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffkd.data.base import builder
 from diffkd.pictures.decoding import decode, header
+from diffkd.report.evaluation import _at_levels
 from picture_cases import build, paint, tree
 
 
@@ -129,6 +130,16 @@ def test_every_kind_of_data_hands_the_levels_on_to_prediction(tmp_path):
         if name != "folder":
             assert data.train.levels == data.test.levels == (low, high)
             assert data.test[0][0].unique().tolist()[-1] == 255
+
+
+def test_other_data_are_seen_at_the_levels_of_training(tmp_path):
+    for i in range(4):
+        for name in ("cat", "dog"):
+            grey(tmp_path / name / f"{i}.png", [[300, 600]] * 8)
+    data = build(tmp_path)
+    found = _at_levels(data, (0, 1000))
+    assert (found.test.levels, data.test.levels) == ((0, 1000), (300, 600))
+    assert _at_levels(data, None) is data
 
 
 def test_small_pictures_of_many_sizes_say_what_enlarging_them_costs(tmp_path):

@@ -75,3 +75,10 @@ def test_words_of_other_places_lead_to_theirs():
         UserError, match=r"command line: student.options: '\{a: \{a: .*\.\.\.' cannot be read"
     ):
         load("digits", ["student.options=" + "{a: " * 400])
+
+
+def test_a_distillation_s_words_serve_training_alone(diffkd, tmp_path):
+    words = ["teacher.train.epochs=1", "teacher.weights=x", "method.kd.temperature=2", 'taps={"": ""}']
+    status, _, err = diffkd("train", "folder", *words, "data.root=nowhere", "student=simple/cnn2")
+    assert status == 2
+    assert "nowhere' does not exist" in err

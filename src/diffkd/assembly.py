@@ -327,9 +327,10 @@ def _check_pictures(parts: Parts, sample: Batch) -> None:
     Raises:
         UserError: they are no pictures `(C, H, W)`, uint8 or floating point.
     """
-    if isinstance(sample.images, dict):
+    images: Any = sample.images
+    if isinstance(images, dict):
         raise UserError("samples are mappings; give (image, target)")
-    pictures = [picture for picture in sample.images if isinstance(picture, Tensor)]
+    pictures = [picture for picture in images if isinstance(picture, Tensor)]
     for picture in pictures:
         shape = tuple(picture.shape)
         if len(shape) != 3 or (shape[0] > 4 and shape[2] in (1, 3, 4) and shape != parts.data.image_shape):

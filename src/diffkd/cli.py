@@ -57,10 +57,11 @@ def distill(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Train the recipe's student alone, without a teacher."""
+    """Train the recipe's student alone, without a teacher; words on teacher and methods are passed by."""
     from diffkd.recipe.schema import load
 
-    _run(load(recipe, [*(overrides or []), "method=none", "teacher=null"]))
+    alone = [word for word in overrides or [] if not word.startswith(("teacher.", "method.", "taps"))]
+    _run(load(recipe, [*alone, "method=none", "teacher=null"]))
 
 
 @app.command()

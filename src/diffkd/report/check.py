@@ -44,6 +44,7 @@ def check_recipe(recipe: Recipe, *, decode: bool = False) -> None:
     distiller, warnings = parts.distiller(sample)
     step = parts.step(distiller)
     groups = parameter_groups(recipe.optimizer, step)  # PyTorch's optimizers take seconds to import
+    parts.loader(parts.data.train, shuffle=True, workers=0)  # refuses a batch that there cannot be
     few = min(recipe.data.batch_size, FEW)
     batch = next(iter(parts.loader(parts.training, shuffle=True, batch_size=few, workers=0).epoch()))
     step.train()

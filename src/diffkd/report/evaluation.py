@@ -1,5 +1,6 @@
 """A finished run's student, measured again: its figures, and where it errs."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from diffkd.assembly import Parts, assemble, check_outputs
 from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.maths.randomness import cpu_threads, seed_everything
+from diffkd.pictures.files import Pictures
 from diffkd.pictures.held import part_of, says
 from diffkd.recipe.schema import Recipe, load
 from diffkd.recipe.sides import Side
@@ -136,6 +138,8 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
         recorded = found.recorded.get(name)
         agrees = ", as recorded" if figure == recorded else f", recorded: {recorded!r}"
         yield f"{name} {figure!r} ({percent(figure)}{agrees if split == 'test' else ''})"
+    if any(word.startswith(("data.root", "data=")) for word in overrides):
+        yield from (f"data: {found.parts.data.summary}", *found.parts.data.notes)
     place = Path(told["output"]) if told["output"] else evaluation_folder(folder, split)
     write_evaluation(found, place)
     yield f"where it errs: {place}"
@@ -178,7 +182,7 @@ def measure(
     _check_classes(parts, student.config.get("class_names") or [], folder)
     if any(word.startswith(("data=", "data.name=")) for word in words):
         side.prepare = _as_trained(student, parts)
-    parts = replace(parts, data=_on(parts.data, split))
+    parts = replace(parts, data=_at_levels(_on(parts.data, split), student.view.levels))
     check_outputs(parts, parts.sample(1))
     device = torch.device(summary["device"] if torch.cuda.is_available() else "cpu")
     loader = parts.loader(parts.data.test, shuffle=False, device=device)
@@ -228,6 +232,15 @@ class LastEvaluation:
 def evaluation_folder(folder: RunFolder, split: str) -> Path:
     """Where an account goes: what the run's page shows is of the test data."""
     return folder.path / (FOLDER if split == "test" else f"{FOLDER}-{split}")
+
+
+def _at_levels(data: Data, levels: tuple[int, int] | None) -> Data:
+    """The data whose 16-bit pictures become black and white where they did in training."""
+    if levels is None or not isinstance(data.test, Pictures):
+        return data
+    test = copy.copy(data.test)
+    test.levels = levels
+    return replace(data, test=test)
 
 
 def _on(data: Data, split: SplitName) -> Data:

@@ -71,7 +71,8 @@ def check_folder(folder: RunFolder, recipe: Recipe) -> None:
     differing = difference(load(str(folder.recipe_file), trust=True), recipe)
     if differing is not None:
         raise UserError(
-            f"the run in '{folder.path}' was made with another recipe: {differing}; set output= for a new run"
+            f"the run in '{folder.path}' was made with another recipe: {differing}; set output= for a new "
+            f"run, which student.weights={folder.path} begins where this one ended"
         )
 
 
