@@ -41,19 +41,19 @@ def losses_and_gradients(found, student, teacher, batch):
 def test_recomputing_changes_neither_losses_nor_gradients_and_keeps_less(preset):
     student, teacher = features()
     batch = Batch(torch.rand(2, 3, 64, 96))
-    saved, results = [], []
+    saved, results, states = [], [], []
     for recompute in (False, True):
         found = method(preset=preset, recompute=recompute, warmup=0.0, num_steps=4)
         counted = SavedBytes()
         with counted:
             found(student, teacher, batch)
         saved.append(counted.total)
-        results.append(
-            losses_and_gradients(
-                method(preset=preset, recompute=recompute, warmup=0.0), student, teacher, batch
-            )
-        )
+        found = method(preset=preset, recompute=recompute, warmup=0.0)
+        results.append(losses_and_gradients(found, student, teacher, batch))
+        states.append(dict(found.named_buffers()))
     (losses, gradients), (again, others) = results
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in again.items()}
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradients, others, strict=True))
     assert saved[1] < 0.8 * saved[0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from diffkd import Batch, DiffKD, Distiller
 from diffkd.errors import UserError
@@ -194,3 +195,14 @@ def test_the_distance_fades_to_nothing_at_the_end():
     full = pulls[4]
     assert full > 0
     assert [pull / full for pull in pulls] == pytest.approx([0] * 4 + [1, 0.75, 0.5, 0.25, 0], abs=1e-5)
+
+
+def test_a_compiled_method_is_compiled_once():
+    torch.compiler.reset()
+    pairs = (Pair("map", Feature("map", (5, 3, 3)), Feature("map", (48, 3, 3))),)
+    method, counted = method_class("diffkd")(Setup(pairs, nn.Identity(), nn.Identity())), CompileCounter()
+    compiled = torch.compile(method, backend=counted, fullgraph=True)
+    for _ in range(2):
+        compiled(*({"map": x} for x in inputs()), Batch(torch.zeros(16, 3, 8, 8)))
+    assert counted.frame_count == 1
+    assert method.figures["map.gamma"] > 0

@@ -126,6 +126,38 @@ def test_deep_copy_reads_its_own_models(models):
     assert next(iter(other(IMAGES).values())).isfinite()
 
 
+class Counted(nn.Module):
+    """A preparation that counts its calls."""
+
+    calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        return images * 2
+
+
+class Careless(Net):
+    """Changes the pictures that it is given."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(3))
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(Net, 1), (Careless, 2)])
+def test_pictures_are_prepared_once_for_models_that_leave_them_as_they_are(models, kind, calls):
+    student, teacher = models[0], kind(8)
+    seen, found = [Counted(), Counted()], []
+    for inputs in ((seen[0], seen[0]), (seen[0], seen[1])):
+        torch.manual_seed(0)
+        roles = {"student_input": inputs[0], "teacher_input": inputs[1]}
+        distiller = Distiller(student, teacher, {"body": "body"}, "fitnet", IMAGES, **roles)
+        before = seen[0].calls
+        found.append(distiller(IMAGES))
+        found[-1]["calls"] = seen[0].calls - before
+    assert [losses.pop("calls") for losses in found] == [calls, 1]
+    assert dict(found[0]) == dict(found[1])
+
+
 def test_whole_step_compiles_without_a_graph_break(models):
     distiller = Distiller(*models, sample=IMAGES)
 

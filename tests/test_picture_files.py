@@ -11,7 +11,9 @@ from PIL import Image
 
 from diffkd.errors import UserError
 from diffkd.pictures.augment import Erase, PictureOptions
+from diffkd.pictures.crops import Crop, RandomView, decode_crop
 from diffkd.pictures.decoding import decode
+from diffkd.pictures.files import Files
 from picture_cases import GREEN, RED, paint
 
 # decoding
@@ -89,11 +91,55 @@ def test_unreadable_files_are_named(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_large_photos_are_decoded_at_a_fraction_that_is_large_enough(tmp_path):
+@pytest.mark.parametrize(("at_least", "size"), [(600, (1000, 600)), (240, (500, 300)), (75, (125, 75))])
+def test_large_photos_are_decoded_at_a_fraction_that_is_large_enough(tmp_path, at_least, size):
     photo = paint(tmp_path / "a.jpg", size=(1600, 1000))
-    assert decode(photo, "a", at_least=240).size == (400, 250)
-    assert decode(photo, "a", at_least=600).size == (1600, 1000)
+    part = decode_crop(photo, "a", lambda h, w: Crop(0, w - 600, h, 600), at_least)
+    assert tuple(part.shape[1:]) == size
     assert decode(photo, "a").size == (1600, 1000)
+
+
+def jpegs(folder):
+    """Pictures of one noise, as files of many kinds."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 44, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, mode, save in [
+        ("plain.jpg", "RGB", {"quality": 75}),
+        ("progressive.jpg", "RGB", {"progressive": True, "subsampling": 0}),
+        ("grey.jpg", "L", {}),
+        ("cmyk.jpg", "CMYK", {}),
+        ("turned.jpg", "RGB", {"exif": exif}),
+        (
+            "many.jpg",
+            "RGB",
+            {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (44, 30))]},
+        ),
+        ("turned.tif", "RGB", {"exif": exif}),
+        ("plain.png", "RGB", {}),
+    ]:
+        Image.fromarray(noise).convert(mode).save(folder / name, **save)
+        yield folder / name
+
+
+def test_a_part_of_a_picture_is_that_of_the_whole_one(tmp_path):
+    for place in jpegs(tmp_path):
+        whole = np.asarray(decode(place, "a")).transpose(2, 0, 1)
+        for picture in (place, place.read_bytes(), Image.open(place)):
+            part = decode_crop(picture, "a", lambda h, w: Crop(h - 21, 3, 21, w - 4), 100)
+            assert np.array_equal(part, whole[:, -21:, 3:-1]), place
+
+
+def test_damaged_jpegs_are_told_as_when_decoded_whole(tmp_path, capfd):
+    content = next(jpegs(tmp_path)).read_bytes()
+    for end in range(2, len(content) - 2, 97):
+        errors = []
+        for read in (decode, lambda *given: decode_crop(*given, lambda h, w: Crop(0, 0, h, w), 100)):
+            with pytest.raises(UserError) as caught:
+                read(content[:end], "a.jpg")
+            errors.append(str(caught.value))
+        assert errors[0] == errors[1]
+    assert capfd.readouterr().err == ""
 
 
 # augmentation
@@ -129,6 +175,54 @@ def test_augmentations_are_random_repeatable_and_go_to_other_processes(augment):
     again = [view(pickle.loads(pickle.dumps(transform)), picture, seed) for seed in range(6)]
     assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
     assert any(not torch.equal(views[0], v) for v in views[1:]) == (augment != "none")
+
+
+def test_a_random_part_has_the_share_and_the_proportions_said():
+    view = RandomView(8, scale=(0.2, 0.5))
+    crops = [view.crop(300, 400, torch.rand(23).tolist()) for _ in range(400)]
+    shares = np.array([crop.height * crop.width / 120_000 for crop in crops])
+    shapes = np.array([crop.width / crop.height for crop in crops])
+    assert 0.195 < shares.min() < 0.21 < 0.34 < shares.mean() < 0.36 < 0.49 < shares.max() < 0.505
+    assert 0.74 < shapes.min() < 0.77 < 1.3 < shapes.max() < 1.35
+    assert abs(np.log(shapes).mean()) < 0.03  # as often wide as high
+    assert all(0 <= c.top <= 300 - c.height and 0 <= c.left <= 400 - c.width for c in crops)
+    tops = np.array([crop.top / (300 - crop.height) for crop in crops])
+    assert abs(tops.mean() - 0.5) < 0.05
+    assert view.crop(10, 1000, torch.rand(23).tolist()) == Crop(0, 493, 10, 13)  # nothing fits: the centre
+
+
+def test_the_part_seen_is_that_of_the_picture_and_every_second_is_mirrored(tmp_path):
+    across = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    picture = Image.fromarray(np.stack([across, across.T, across], -1))
+    view = RandomView(16, scale=(0.05, 1.0))
+    mirrored = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        crop = view.crop(256, 256, torch.rand(23).tolist())
+        torch.manual_seed(seed)
+        seen = view(picture).float()
+        columns, rows = seen[0].mean(0), seen[1].mean(1)
+        mirrored += (turned := bool(columns[0] > columns[-1]))
+        steps = torch.arange(16) + 0.5
+        expected = crop.left + steps * crop.width / 16 - 0.5, crop.top + steps * crop.height / 16 - 0.5
+        inner = slice(2, -2)
+        found = columns.flip(0) if turned else columns
+        assert torch.allclose(found[inner], expected[0][inner], atol=1)
+        assert torch.allclose(rows[inner], expected[1][inner], atol=1)
+    assert 20 <= mirrored <= 40
+
+
+def test_an_unreadable_picture_s_stand_in_is_seen_alike_ever_after(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    for name in "ab":
+        Image.fromarray(noise).save(tmp_path / f"{name}.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: len(content) // 2])
+    options = PictureOptions(image_size=16, augment="randaugment", max_corrupt=1)
+    pictures, _ = options.splits(*[Files(tmp_path, ["a.jpg", "b.jpg"], None)] * 2)
+    with pytest.warns(UserWarning, match="truncated"):
+        first = view(pictures.__getitem__, 0)
+    assert torch.equal(first, view(pictures.__getitem__, 0))
 
 
 def test_test_pictures_show_the_centre():

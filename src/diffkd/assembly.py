@@ -183,7 +183,7 @@ class Parts:
                 task=self.task,
                 logits=scores,
                 student_input=self.student.prepare,
-                teacher_input=self.teacher.prepare if self.teacher else None,
+                teacher_input=self.student.prepare.instead_of(self.teacher.prepare) if self.teacher else None,
                 num_classes=self.data.num_classes,
                 dataset_size=None if isinstance(self.training, Streamed) else len(self.training),
             )

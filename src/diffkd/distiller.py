@@ -109,7 +109,7 @@ class Distiller(nn.Module):
         dataset_size: int | None = None,
     ) -> None:
         super().__init__()
-        self._closed = False
+        self._closed, self._shares = False, True
         self._progress: float | None = None
         self._lessons: tuple[Lesson, ...] = ()
         # A tuple of no modules hides the teachers from parameters(), state_dict(), train() and DDP.
@@ -226,8 +226,8 @@ class Distiller(nn.Module):
                 keyword inputs.
         """
         batch = self._framed(batch)
-        teachers = self._taught(batch)
         prepared = self._roles.prepare(batch, self.student_input)
+        teachers = self._taught(batch, prepared)
         if self.pairs:
             output, supervised = self._student_taps.collect(
                 lambda: self._roles.train(self.student, prepared), answer=itemgetter(0)
@@ -252,10 +252,10 @@ class Distiller(nn.Module):
         Of several teachers those of the first are given.
         """
         batch = self._framed(batch)
-        teachers = self._taught(batch)
+        prepared = self._roles.prepare(batch, self.student_input)
+        teachers = self._taught(batch, prepared)
         if not self.pairs:
             return {}, {}
-        prepared = self._roles.prepare(batch, self.student_input)
         self._student_taps.collect(lambda: self._roles.teach(self.student, prepared))
         return self._learned()[0], teachers[0]
 
@@ -265,13 +265,20 @@ class Distiller(nn.Module):
             raise UserError("this Distiller is closed: its teacher is gone; make another one")
         return self._roles.frame(as_batch(batch))
 
-    def _taught(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """The teachers' features of a framed batch, of each by pair name."""
+    def _taught(self, batch: Batch, prepared: Batch) -> list[dict[str, Tensor]]:
+        """The teachers' features of a framed batch, of each by pair name.
+
+        Args:
+            batch: it.
+            prepared: as the student sees it. So do teachers to whom the same module is given, if no model
+                changes its pictures.
+        """
         fresh = self.training and any(getattr(m, "batch_statistics", False) for m in self.methods.values())
 
         def run(teacher: nn.Module, prepare: nn.Module) -> Any:
             with batch_statistics(teacher) if fresh else nullcontext():
-                return self._roles.teach(teacher, self._roles.prepare(batch, prepare))
+                shared = self._shares and prepare is self.student_input
+                return self._roles.teach(teacher, prepared if shared else self._roles.prepare(batch, prepare))
 
         return [lesson.observe(run) for lesson in self._lessons]
 
@@ -306,8 +313,10 @@ class Distiller(nn.Module):
 
     def _probe(self, taps: Taps, model: nn.Module, prepare: nn.Module, sample: Batch, side: str) -> Probed:
         prepared = self._roles.prepare(sample, prepare)
+        before = _changes(prepared)
         with dry_run(model), torch.set_grad_enabled(side == "student"):
             shapes = taps.probe(lambda: self._roles.teach(model, prepared), _image_size(prepared.images))
+        self._shares &= _changes(prepared) == before
         return Probed(shapes, taps.seen)
 
     def _default_taps(
@@ -368,3 +377,11 @@ def _image_size(images: Any) -> tuple[int, ...] | None:
     if isinstance(images, list):
         return tuple(images[0].shape[1:])
     return tuple(images.shape[2:]) if isinstance(images, Tensor) else None
+
+
+def _changes(batch: Batch) -> int:
+    """How often a batch's pictures were changed in place so far."""
+    images: Any = batch.images
+    held = images.values() if isinstance(images, Mapping) else images
+    held = [held] if isinstance(held, Tensor) else held
+    return sum(image._version for image in held if isinstance(image, Tensor))

@@ -1,11 +1,13 @@
 """Layers and reductions for `(B, C, *S)`: vectors, sequences, maps and volumes alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
@@ -107,7 +109,31 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
         return a @ b.mT
 
 
-def recomputed(layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """What a layer gives, run once more in the backward pass, so that nothing within it is kept till then."""
-    found: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
-    return found
+def recomputed(layer: Callable[..., Tensor], within: nn.Module) -> Callable[..., Tensor]:
+    """A layer that is run once more in the backward pass, so that nothing within it is kept till then.
+
+    Args:
+        layer: to be run.
+        within: what holds its BatchNorms; their running statistics move once.
+    """
+
+    def run(*inputs: Any) -> Tensor:
+        # a compiled graph repeats no change of a buffer, and takes no contexts
+        how = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _fixed(within))}
+        found: Tensor = checkpoint(layer, *inputs, use_reentrant=False, **how)
+        return found
+
+    return run
+
+
+@contextmanager
+def _fixed(module: nn.Module) -> Iterator[None]:
+    """Lets BatchNorms normalise by each batch without moving their running statistics."""
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)]
+    for found, _, _ in norms:
+        found.momentum, found.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for found, momentum, count in norms:
+            found.momentum, found.num_batches_tracked = momentum, count

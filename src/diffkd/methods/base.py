@@ -102,7 +102,8 @@ class Method(nn.Module, ABC):
         standardized_weight: the same with `standardize=True`, where that was published with another.
         search: options worth a choice by trials beside the weight, and between what.
         batch_statistics: whether the teacher's BatchNorm uses each batch's statistics in training.
-        figures: scalars worth watching that are not losses (detached), refreshed by `forward`.
+        figures: scalars worth watching that are not losses (detached), refreshed by `forward`; named in
+            the constructor, they do not have a compiled method compiled again.
     """
 
     stages: ClassVar[Literal["none", "last", "all"]] = "last"

@@ -245,11 +245,13 @@ class DiffKD(nn.Module):
         noisy = without_void(share * latent + (1 - share) * noise, valid)
         detached, codes = self.settings.detach_denoiser, self.denoiser.embedding.weight
         denoiser = with_fixed_weights(self.denoiser) if detached else self.denoiser
+        if self.recompute:
+            denoiser = recomputed(denoiser, within=self.denoiser)
         for timestep, alpha_bar, alpha_bar_next in self.ddim:
             if kept is not None:
                 kept.append(noisy)
             code = codes[timestep] if self.settings.time_code else None
-            predicted = recomputed(denoiser, noisy, code) if self.recompute else denoiser(noisy, code)
+            predicted = denoiser(noisy, code)
             noisy = without_void(ddim_step(noisy, predicted, alpha_bar, alpha_bar_next), valid)
         if kept is not None:
             kept.append(noisy)
@@ -309,7 +311,7 @@ class DiffKDMethod(Method):
         preset, num_steps, train_timesteps, start_timestep, detach_denoiser, temperature, warmup, fade: as in
             `DiffKD`.
         recompute: denoising steps are run again in the backward pass instead of kept: less memory, more
-            time, the same gradients (BatchNorm's running statistics count each step twice).
+            time, the same gradients.
 
     Raises:
         UserError: nothing is tapped, or `pool` is less than 1.
@@ -364,6 +366,8 @@ class DiffKDMethod(Method):
             )
             diffkd._told, diffkd.recompute = True, recompute  # check_pair told of unequal sizes
             self.pairs[self.keys[pair.name]] = diffkd
+        denoising = (n for n, key in self.keys.items() if cast(DiffKD, self.pairs[key]).settings.denoise)
+        self.figures = {f"{name}.gamma": torch.zeros(()) for name in denoising}
 
     def expect(self, passes: int) -> None:
         """Tells every pair how long the run is."""

@@ -1,11 +1,11 @@
 """How picture files are cropped, augmented and brought to one size, one by one."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment as timm_augment
@@ -14,6 +14,7 @@ from torchvision.transforms import RandomErasing
 from torchvision.transforms import v2 as transforms
 
 from diffkd.errors import UserError, nearest
+from diffkd.pictures.crops import RandomView
 from diffkd.pictures.decoding import MAX_PIXELS
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Pictures, Source
 from diffkd.pictures.look import Looked, look_over
@@ -101,24 +102,17 @@ class PictureOptions:
         except (ValueError, AssertionError, KeyError) as error:
             raise UserError(f"data.augment '{self.augment}' is no policy that timm knows: {error}") from error
 
-    def train_transform(self) -> Callable[[Image.Image], Tensor]:
+    def train_transform(self) -> Callable[[Image.Image], Tensor] | RandomView:
         """From an RGB picture to a random view of it, `(3, image_size, image_size)` uint8."""
         if self._augment == "none":
             return self.test_transform()
-        mode, size = self._mode, self.size
-        steps: list[Any] = (
-            [transforms.Resize((size, size), mode), transforms.RandomCrop(size, padding=self.padding)]
-            if self._augment == "crop"
-            else [transforms.RandomResizedCrop(size, scale=(self.min_scale, 1.0), interpolation=mode)]
-        )
-        if self.flip:
-            steps.append(transforms.RandomHorizontalFlip())
-        steps += [*self._policy(), transforms.PILToTensor()]
-        if self.random_erasing:
-            steps.append(Erase(self.random_erasing))
-        if self.cutout:
-            steps.append(_CutOut(self.cutout))
-        return transforms.Compose(steps)  # type: ignore[no-any-return]
+        crop = self._augment == "crop"
+        steps: list[Any] = [transforms.RandomCrop(self.size, padding=self.padding)] if crop else []
+        steps += [_OnPillow(step) for step in self._policy()]
+        steps += [Erase(self.random_erasing)] if self.random_erasing else []
+        steps += [_CutOut(self.cutout)] if self.cutout else []
+        scale = None if crop else (self.min_scale, 1.0)
+        return RandomView(self.size, scale, flip=self.flip, interpolation=self.interpolation, then=steps)
 
     @property
     def size(self) -> int:
@@ -143,12 +137,10 @@ class PictureOptions:
         self, train: Source, test: Source, levels: tuple[int, int] | None = None
     ) -> tuple[Pictures, Pictures]:
         """Samples to train on, augmented, and to test on; `levels` as for `decode`."""
-        # large enough for the smallest crop not to be magnified
-        side = math.ceil(self.size / math.sqrt(self.min_scale))
         common: Any = {"max_corrupt": self.max_corrupt, "max_pixels": self.max_pixels, "levels": levels}
         plain = self.test_transform()
         return (
-            Pictures(train, self.train_transform(), at_least=side, plain=plain, **common),
+            Pictures(train, self.train_transform(), plain=plain, **common),
             Pictures(test, plain, leave_out=True, **common),
         )
 
@@ -229,6 +221,17 @@ class PictureOptions:
 
 def _rising(values: Sequence[int]) -> bool:
     return len(values) == 2 and 0 <= values[0] < values[1] <= 65535
+
+
+class _OnPillow:
+    """Changes a `(3, H, W)` uint8 picture as a Pillow picture."""
+
+    def __init__(self, change: Callable[[Image.Image], Image.Image]) -> None:
+        self.change = change
+
+    def __call__(self, picture: Tensor) -> Tensor:
+        rows = self.change(Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()))
+        return torch.from_numpy(np.array(rows)).permute(2, 0, 1)
 
 
 class _CutOut:

@@ -7,6 +7,7 @@ from functools import cache
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +27,12 @@ HEIC = (".heic", ".heif", ".hif")  # telephones' own; decoded where pillow-heif 
 _HEIC_WAY = "pip install pillow-heif decodes it, or save it as JPEG"
 MAX_PIXELS = 178_956_970  # Pillow's own limit
 _MOST_SAMPLES, _LARGEST = 281, 65535  # TIFF's tag MaxSampleValue
-_ORIENTATION = 0x0112  # EXIF's tag
+_ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values of pictures on their sides
 
 
 def decode(
     picture: Path | bytes | Image.Image,
     name: str,
-    at_least: int | None = None,
     *,
     levels: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -46,8 +46,6 @@ def decode(
     Args:
         picture: a file, its content, or a picture opened already.
         name: what an error calls it.
-        at_least: pixels that the sides must keep where a JPEG may be decoded at a half, a quarter or
-            an eighth of its size, which takes a fraction of the time; None decodes it in full.
         levels: values of 16-bit pictures that become black and white.
         max_pixels: a JPEG of more is decoded at the largest fraction that has no more.
 
@@ -56,12 +54,20 @@ def decode(
     """
     try:
         if isinstance(picture, Image.Image):
-            return _as_rgb(picture, levels)
+            return as_rgb(picture, levels)
         with opened(picture) as found:
-            _shrink(found, at_least, max_pixels)
-            return _as_rgb(found, levels)
+            shrink(found, 1, max_pixels)
+            if found.format == "JPEG" and found.mode == "RGB" and turned(found) == 1:
+                found.load()  # it is RGB as it is: no copy
+                return found
+            return as_rgb(found, levels)
     except Exception as error:  # damaged files raise nearly anything, even SyntaxError
         raise unreadable(name, error) from error
+
+
+def turned(picture: Image.Image) -> int:
+    """How an opened JPEG lies, as EXIF numbers it; 1 is upright."""
+    return picture.getexif().get(_ORIENTATION, 1) if {"exif", "xmp"} & picture.info.keys() else 1
 
 
 @contextmanager
@@ -71,18 +77,28 @@ def opened(picture: Path | bytes) -> Iterator[Image.Image]:
     Raises:
         ValueError: the file is empty or not a regular file. Pillow's errors pass.
     """
-    _check_regular(picture)
-    content = picture if isinstance(picture, bytes) else picture.read_bytes()
+    content = content_of(picture)
     with _open(BytesIO(content)) as found:
         if found.format == "PNG":
             found.info["sBIT"] = _significant_bits(content)
         yield found
 
 
+def content_of(picture: Path | bytes) -> bytes:
+    """The bytes of a file, or those given.
+
+    Raises:
+        ValueError: there are none, or it is not a regular file.
+    """
+    _check_regular(picture)
+    return picture if isinstance(picture, bytes) else picture.read_bytes()
+
+
 def _check_regular(picture: Path | bytes) -> None:
-    if isinstance(picture, Path) and picture.exists() and not picture.is_file():
+    found = None if isinstance(picture, bytes) else picture.stat()
+    if found is not None and not S_ISREG(found.st_mode):
         raise ValueError("it is not a regular file")
-    if not (picture if isinstance(picture, bytes) else picture.stat().st_size):
+    if not (picture if found is None else found.st_size):
         raise ValueError("it is empty (0 bytes)")
 
 
@@ -115,10 +131,16 @@ def _is_heic(picture: Path | BytesIO) -> bool:
     return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc")
 
 
-def _shrink(picture: Image.Image, at_least: int | None, max_pixels: int) -> None:
-    """Has a JPEG decoded at a fraction of its size, where it may be or must be."""
+def shrink(picture: Image.Image, may: int, max_pixels: int) -> int:
+    """Has a JPEG decoded at a fraction of its size, to `1 / may` at least, or less where it must be.
+
+    Returns:
+        Of how many times its height and width it is.
+
+    Raises:
+        ValueError: it would be larger than `max_pixels` still.
+    """
     width, height = picture.size
-    may = 1 if at_least is None else min(width // at_least, height // at_least)
     # one draft only: Pillow does not take a second one into account
     part = next((p for p in (1, 2, 4, 8) if (-(-width // p)) * (-(-height // p)) <= max_pixels), 8)
     part = max(part, next(p for p in (8, 4, 2, 1) if p <= max(may, 1)))
@@ -129,9 +151,15 @@ def _shrink(picture: Image.Image, at_least: int | None, max_pixels: int) -> None
             f"it has {width}x{height} pixels, more than data.max_pixels={max_pixels}; "
             "give a larger data.max_pixels, or make it smaller"
         )
+    return part
 
 
-def _as_rgb(picture: Image.Image, levels: tuple[int, int] | None) -> Image.Image:
+def as_rgb(picture: Image.Image, levels: tuple[int, int] | None) -> Image.Image:
+    """An opened picture as `decode` gives it, a copy.
+
+    Raises:
+        ValueError: its values are none of a picture.
+    """
     if picture.mode == "F":
         raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
     if is_deep(picture):
@@ -143,7 +171,7 @@ def _as_rgb(picture: Image.Image, levels: tuple[int, int] | None) -> Image.Image
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("P", "PA"):  # straight to RGB warns where the palette has transparency
         picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def is_deep(picture: Image.Image) -> bool:
@@ -243,7 +271,7 @@ def header(picture: Path | bytes | Image.Image, name: str) -> Header:
         with _open(picture if isinstance(picture, Path) else BytesIO(picture)) as found:
             told = "exif" in found.info or found.format == TiffImageFile.format  # a PNG would be decoded
             width, height = found.size
-            if told and found.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
+            if told and found.getexif().get(_ORIENTATION, 1) in LYING:
                 width, height = height, width
             return Header(height, width, is_deep(found))
     except Exception as error:
@@ -259,7 +287,7 @@ def upright_size(place: Path) -> tuple[int, int]:
     try:
         _check_regular(place)
         with _open(place) as found:
-            lies = found.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            lies = found.getexif().get(_ORIENTATION, 1) in LYING
             return (found.width, found.height) if lies else (found.height, found.width)
     except Exception as error:
         raise unreadable(str(place), error) from error

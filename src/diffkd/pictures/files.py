@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffkd.errors import UserError
+from diffkd.pictures.crops import RandomView
 from diffkd.pictures.decoding import MAX_PIXELS, decode, header
 from diffkd.pictures.memory import hold_out
 from diffkd.pictures.twins import evenly, shared_pictures
@@ -134,28 +135,27 @@ class Pictures:
 
     Args:
         source: the pictures.
-        transform: from an RGB picture to a tensor.
+        transform: from an RGB picture to a tensor, or a random view.
         max_corrupt: how many unreadable ones are put up with.
         leave_out: an unreadable picture's sample is None.
         plain: as `transform`, but without augmentation, for a part held out; None is `transform`.
-        at_least, levels, max_pixels: see `decode`.
+        levels, max_pixels: see `decode`.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Image.Image], Tensor] | RandomView,
         max_corrupt: int = 0,
         *,
         plain: Callable[[Image.Image], Tensor] | None = None,
         leave_out: bool = False,
-        at_least: int | None = None,
         levels: tuple[int, int] | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.source, self.transform, self.plain = source, transform, plain
         self.max_corrupt, self.leave_out = max_corrupt, leave_out
-        self.at_least, self.levels, self.max_pixels = at_least, levels, max_pixels
+        self.levels, self.max_pixels = levels, max_pixels
         # in shared memory, so that the loader's processes count together
         self._corrupt = torch.zeros(len(source), dtype=torch.bool)
         self._corrupt.share_memory_()  # type: ignore[no-untyped-call]
@@ -167,14 +167,14 @@ class Pictures:
         """The pictures at some places `(n,)`, augmented as these are, or held out and not."""
         kept: Any = {"levels": self.levels, "max_pixels": self.max_pixels}
         if training:
-            kept |= {"plain": self.plain, "leave_out": self.leave_out, "at_least": self.at_least}
+            kept |= {"plain": self.plain, "leave_out": self.leave_out}
         transform = self.transform if training else self.plain or self.transform
         kept = {"leave_out": True} | kept
         return Pictures(Part(self.source, places), transform, self.max_corrupt, **kept)
 
     def unlabelled(self, source: Source) -> "Pictures":
         """Pictures of another source, augmented as these are."""
-        kept: Any = {"at_least": self.at_least, "levels": self.levels, "max_pixels": self.max_pixels}
+        kept: Any = {"levels": self.levels, "max_pixels": self.max_pixels}
         return Pictures(source, self.transform, self.max_corrupt, plain=self.plain, **kept)
 
     def __getitem__(self, index: int) -> Any:
@@ -183,6 +183,7 @@ class Pictures:
         Raises:
             UserError: more than `max_corrupt` pictures cannot be read; the last one is named.
         """
+        state = torch.get_rng_state()
         for place in (index,) if self.leave_out else (*range(index, len(self)), *range(index)):
             if self._corrupt[place]:
                 continue
@@ -190,6 +191,7 @@ class Pictures:
                 return self.sample(place)
             except UserError as error:
                 self._put_up_with(place, error)
+                torch.set_rng_state(state)  # the next view is drawn as if that picture had never been there
         if self.leave_out and not self._corrupt.all():
             return None
         raise UserError("not one of the pictures can be read")
@@ -201,8 +203,11 @@ class Pictures:
     def seen(self, item: Item) -> Any:
         """The sample of a picture as these are seen; UserError where it cannot be read."""
         name, picture, target = item
-        decoded = decode(picture, name, self.at_least, levels=self.levels, max_pixels=self.max_pixels)
-        image = self.transform(decoded)
+        how: Any = {"levels": self.levels, "max_pixels": self.max_pixels}
+        if isinstance(self.transform, RandomView):
+            image = self.transform(picture, name, **how)
+        else:
+            image = self.transform(decode(picture, name, **how))
         return image if target is None else (image, target)
 
     def all(self) -> list[tuple[Any, int | None]]:

@@ -1,6 +1,8 @@
 """Folders walked once, and an account of what in them is no picture."""
 
 import os
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -84,9 +86,9 @@ class Scan:
         except OSError as error:
             raise UserError(f"cannot read the folder '{place}': {error.strerror}") from error
         for entry in found:
-            if entry.name in SYSTEM:
+            if (name := entry.name) in SYSTEM:
                 self.left_out["of the system"] += 1
-            elif entry.name[0] != ".":
+            elif name[0] != ".":
                 yield entry
 
     def _enters(self, entry: os.DirEntry[str]) -> bool:
@@ -115,11 +117,11 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 def _unfit(entry: os.DirEntry[str]) -> str | None:
     """Why an entry that is no folder is no picture file; None if it may be one."""
     _, dot, ending = entry.name.rpartition(".")
-    if f".{ending.lower()}" in HEIC:
+    if (ending := f"{dot}{ending}".lower() if dot else "") not in ENDINGS:
+        if ending not in HEIC:
+            return f"{ending} files" if dot else "files without an ending"
         if not reads_heic():
-            return f".{ending.lower()} files (pip install pillow-heif reads them)"
-    elif f".{ending.lower()}" not in ENDINGS:
-        return f".{ending.lower()} files" if dot else "files without an ending"
+            return f"{ending} files (pip install pillow-heif reads them)"
     if entry.is_file():
         return None
     return "not regular files" if Path(entry.path).exists() else "links to nowhere"
@@ -137,7 +139,7 @@ class RegularFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._names: dict[str, frozenset[str]] = {}
+        self._names: dict[str, array[int]] = {}
 
     def __contains__(self, path: str) -> bool:
         where, _, name = path.rpartition("/")
@@ -146,11 +148,14 @@ class RegularFiles:
         names = self._names.get(where)
         if names is None:
             names = self._names[where] = self._list(where)
-        return name in names
+        key = hash(name)
+        place = bisect_left(names, key)
+        return place < len(names) and names[place] == key
 
-    def _list(self, where: str) -> frozenset[str]:
+    def _list(self, where: str) -> "array[int]":
+        """Hashes of the names, in rising order: a tenth of the memory of a set, of a million files say."""
         try:
             with os.scandir(self.folder / where) as entries:
-                return frozenset(entry.name for entry in entries if entry.is_file())
+                return array("q", sorted(hash(entry.name) for entry in entries if entry.is_file()))
         except (OSError, ValueError):
-            return frozenset()
+            return array("q")
