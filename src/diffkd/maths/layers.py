@@ -119,7 +119,9 @@ def recomputed(layer: Callable[..., Tensor], within: nn.Module) -> Callable[...,
 
     def run(*inputs: Any) -> Tensor:
         # a compiled graph repeats no change of a buffer, and takes no contexts
-        how = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _fixed(within))}
+        how: dict[str, Any] = {}
+        if not torch.compiler.is_compiling():
+            how["context_fn"] = lambda: (nullcontext(), _fixed(within))
         found: Tensor = checkpoint(layer, *inputs, use_reentrant=False, **how)
         return found
 

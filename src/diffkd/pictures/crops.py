@@ -10,9 +10,6 @@ import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
-from torchvision import io
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as v2
 
 from diffkd.pictures.decoding import (
     LYING,
@@ -75,13 +72,17 @@ class RandomView:
         then: Sequence[Callable[[Tensor], Tensor]] = (),
     ) -> None:
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
-        self.mode, self.then = InterpolationMode(interpolation), then
+        self.interpolation, self.then = interpolation, then
 
     def __call__(self, picture: Path | bytes | Image.Image, name: str = "picture", **decoding: Any) -> Tensor:
         """`(3, size, size)` uint8 of a file, its content, or an opened picture; see `decode_crop`."""
+        from torchvision.transforms import InterpolationMode  # it takes seconds: not before it is needed
+        from torchvision.transforms.v2 import functional as v2
+
         numbers: list[float] = torch.rand(2 * _TRIES + 3).tolist()
         part = decode_crop(picture, name, lambda h, w: self.crop(h, w, numbers), self.size, **decoding)
-        view = v2.resize_image(part, [self.size, self.size], self.mode, antialias=True)
+        mode = InterpolationMode(self.interpolation)
+        view: Tensor = v2.resize_image(part, [self.size, self.size], mode, antialias=True)
         if self.flip and numbers[-1] < 0.5:
             view = view.flip(-1)
         for step in self.then:
@@ -164,6 +165,8 @@ def _decoded_jpeg(picture: Image.Image, content: bytes) -> Tensor | None:
     if content.rfind(b"\xff\xd9") < 0:  # cut short, of which torchvision would complain on its own
         return None
     try:
+        from torchvision import io
+
         # the operator itself: what torchvision puts around it warns at every call that it will go one day
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         found: Tensor = torch.ops.image.decode_jpeg(data, io.ImageReadMode.RGB.value)
