@@ -2,6 +2,8 @@
 
 import csv
 import json
+from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +11,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffkd import Data, DiffKD, load_student
+from diffkd import Data, DiffKD, Run, load_student
 from diffkd.pictures.view import TestView
 from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
 from diffkd.tasks.detection import Detection
+from diffkd.tasks.segmentation import Segmentation
 from diffkd.training.fit import fit
-from diffkd.use import predict
+from diffkd.use import predict, visualize
 from diffkd.use.student import Student
 
 SMALL = ["trainer.max_steps=2", "method=none", "teacher=null", "data.workers=0", "trainer.accelerator=cpu"]
@@ -83,6 +86,7 @@ def test_label_maps_of_pictures(diffkd, pictures, tmp_path):
         assert Image.open(tmp_path / "found" / row["overlay"]).size == Image.open(row["picture"]).size
         assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-4)
     assert len(list((tmp_path / "found").glob("*-labels.png"))) == 5
+    assert (tmp_path / "found/classes.png").is_file()
 
 
 def test_boxes_of_pictures(diffkd, pictures, tmp_path):
@@ -149,6 +153,7 @@ def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):
     assert Image.open(tmp_path / "run/denoising/000-a.png").size[0] > 400
     assert diffkd("visualize", "run", pictures / "a.png", "output=seen/here", "which=best")[0] == 0
     assert (tmp_path / "seen/here/index.html").is_file()
+    assert Run("run").visualize(pictures / "a.png", "seen/there").pictures == 1
     status, _, err = diffkd("visualize", "run", pictures, "outptu=a")
     assert (status, err) == (
         2,
@@ -157,6 +162,25 @@ def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):
     assert diffkd("train", "tiny.yaml", "output=alone")[0] == 0
     status, _, err = diffkd("visualize", "alone", pictures)
     assert (status, err.count("\n"), "had no teacher" in err) == (2, 1, True)
+
+
+@pytest.mark.parametrize("kind", [Detection, Segmentation])
+def test_features_are_drawn_where_the_picture_lies_in_its_padding(kind):
+    task, sizes = kind(Data([], [], 2, (3, 64, 64))), []
+
+    def features(batch):
+        size = batch.images.shape[-2:] if batch.valid is None else batch.valid.shape[-2:]
+        sizes.append(tuple(size))
+        maps = torch.rand(2, 4, *(side // 8 for side in size))
+        return {"tap": maps}, {"tap": maps}
+
+    distiller, maps = SimpleNamespace(features=features), {"tap": DiffKD(4, 4).eval()}
+    way = visualize._ways(torch.zeros(3, 40, 50, dtype=torch.uint8), task, distiller, maps)["tap"]
+    assert sizes == [(64, 64)]
+    assert {feature.shape for feature in way.features.values()} == {(4, 5, 7)}
+    assert way.reach == pytest.approx((1.0, 56 / 50))
+    drawn = visualize._draw(torch.zeros(3, 40, 50, dtype=torch.uint8), {"tap": way})
+    assert Image.open(BytesIO(drawn)).width > 400
 
 
 def test_the_last_step_is_what_is_projected():

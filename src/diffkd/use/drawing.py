@@ -2,9 +2,12 @@
 
 import colorsys
 from collections.abc import Sequence
+from functools import cache
 
+import matplotlib
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
@@ -38,6 +41,29 @@ def overlay(image: Tensor, labels: Tensor, colours: Tensor) -> Tensor:
     """A picture `(3, H, W)` uint8 under the colours of its label map `(H, W)`, half and half."""
     tint = colours[labels.long()].permute(2, 0, 1)
     return (0.5 * image.float() + 0.5 * tint.float()).to(torch.uint8)
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings along: it has more scripts than Pillow's own."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def legend(names: Sequence[str]) -> Tensor:
+    """What the colours of classes mean: a line for each, its colour, its number and its name.
+
+    >>> legend(["sky", "road"])[:, 26, 6].tolist()
+    [128, 0, 0]
+    """
+    height, words = 20, font(12)
+    width = 36 + max((round(words.getlength(f"{i} {name}")) for i, name in enumerate(names)), default=0)
+    picture = Image.new("RGB", (width, height * max(len(names), 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (name, colour) in enumerate(zip(names, palette(len(names)).tolist(), strict=True)):
+        top = height * number
+        draw.rectangle((4, top + 3, 22, top + 16), fill=tuple(colour))
+        draw.text((28, top + 2), f"{number} {name}", fill="black", font=words)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def draw_boxes(

@@ -20,7 +20,7 @@ from diffkd.runs.disk import write_atomically
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
-from diffkd.use.drawing import draw_boxes, overlay, palette, picture_of, rgb
+from diffkd.use.drawing import draw_boxes, legend, overlay, palette, picture_of, rgb
 from diffkd.use.student import Student, load_student
 from diffkd.use.words import told_options
 
@@ -74,7 +74,8 @@ def predict(
     """Answers of a run's student for picture files, prepared just as its test data was.
 
     Writes `predictions.json` and, by task: classification `predictions.csv`; segmentation a label map and
-    an overlay for each picture; detection `predictions.json` in COCO's format and pictures with their boxes.
+    an overlay for each picture, and `classes.png`, which says what the colours mean; detection
+    `predictions.json` in COCO's format and pictures with their boxes.
 
     Args:
         run: a run folder, or a student's.
@@ -236,6 +237,8 @@ def _finish(student: Student, folder: Path, rows: Sequence[dict[str, Any]]) -> N
     )
     if isinstance(student.task, Classification):
         write_atomically(folder / "predictions.csv", lambda place: _table(place, rows))
+    if isinstance(student.task, Segmentation):
+        _save(legend(student.class_names), folder / "classes.png")
 
 
 def _table(place: Path, rows: Sequence[dict[str, Any]]) -> None:

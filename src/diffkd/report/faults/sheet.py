@@ -1,17 +1,15 @@
 """Pictures of pictures and of figures, drawn with Pillow: contact sheets, confusion, reliability."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffkd.runs.disk import write_atomically
-from diffkd.use.drawing import picture_of
+from diffkd.use.drawing import font, picture_of
 
 INK, SOFT, FAINT, PAPER, ACCENT = "#1b1e24", "#555c67", "#e5e2da", "#ffffff", "#3450c4"
 _GAP, _WIDTH = 12, 1080
@@ -29,12 +27,6 @@ class Row(NamedTuple):
 
     images: tuple[Tensor, ...]
     says: str
-
-
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings along: it has more scripts than Pillow's own."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def fitted(text: str, size: int, room: float) -> str:
