@@ -1,6 +1,6 @@
 """Data sets of the Hugging Face Hub, or a local one, through the `datasets` library (an extra)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from importlib import import_module
@@ -13,10 +13,16 @@ from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError, first_line, nearest
 from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Item, Pictures, Source, held_out
-from diffkd.pictures.options import class_count, class_notes, spread
+from diffkd.pictures.options import class_count, class_notes, quoted, spread
 from diffkd.pictures.streams import Held, StreamedPictures, drawn, interleaved
 
 _TEST_NAMES = ("validation", "valid", "val", "test")
+_LABELS = (
+    "label",
+    "labels",
+    "class",
+    "target",
+)  # columns of class indices or names, where none is marked as such
 
 
 @spread(PictureOptions)
@@ -70,6 +76,7 @@ def build(
     rows = _split(splits, train_split, name)
     image = image_column or _only_column(rows, "Image")
     label = label_column or _only_column(rows, "ClassLabel")
+    label = label or next((column for column in _LABELS if column in rows.features), None)
     if image is None or (label is None and labels == "given"):
         option = "image_column" if image is None else "label_column"
         raise UserError(f"which column of '{name}' is it? data.{option}= one of {', '.join(rows.features)}")
@@ -92,9 +99,10 @@ def build(
         train, test, notes = held_out(found, found.targets, val_fraction, name)
         seen = None if found.targets is None else found.targets[test.places]
     else:
-        test = tested = _Rows(_split(splits, held, name), image, label, f"{name} {held}", first_label)
+        there = _split(splits, held, name)
+        test = tested = _Rows(there, image, label, f"{name} {held}", first_label, found.classes)
         known[tested.name] = seen = tested.targets
-    classes = tuple(getattr(rows.features.get(label), "names", None) or ())
+    classes = tuple(getattr(rows.features.get(label), "names", None) or found.classes)
     count = class_count(num_classes, classes, known)
     notes += class_notes(count, found.targets, seen, classes)
     return of_pictures(
@@ -173,9 +181,21 @@ def _only_column(rows: Any, kind: str) -> str | None:
 
 
 class _Rows:
-    """One split, its pictures not decoded yet."""
+    """One split, its pictures not decoded yet.
 
-    def __init__(self, rows: Any, image: str, label: str | None, name: str, first: int) -> None:
+    Attributes:
+        classes: names of the classes in the order of the alphabet, where labels are text; else empty.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        image: str,
+        label: str | None,
+        name: str,
+        first: int,
+        classes: Sequence[str] = (),
+    ) -> None:
         for column in filter(None, (image, label)):
             if column not in rows.features:
                 raise UserError(f"{name} has no column '{column}'{nearest(column, rows.features)}")
@@ -184,22 +204,49 @@ class _Rows:
             image,
             name,
         )
-        self.targets = None if label is None else np.asarray(rows[label])
-        if self.targets is not None and self.targets.dtype.kind in "iu":
-            self.targets = self.targets.astype(np.int64) - first
-        if self.targets is not None and not (self.targets.dtype.kind in "iu" and self.targets.min() >= 0):
-            raise UserError(f"column '{label}' of {name} holds no class indices of {first} or more")
+        self.classes = tuple(classes)
+        self.targets = None if label is None else self._indices(list(rows[label]), label, first)
+
+    def _indices(self, values: list[Any], label: str, first: int) -> np.ndarray:
+        """Class indices `(N,)` of a column's numbers or names.
+
+        Raises:
+            UserError: it holds neither.
+        """
+        where = f"column '{label}' of {self.name}"
+        if all(isinstance(value, str) for value in values):
+            self.classes = self.classes or tuple(sorted(set(values)))
+            number = {name: i for i, name in enumerate(self.classes)}
+            unknown = sorted(set(values) - number.keys())
+            if unknown:
+                raise UserError(f"{where} holds classes that the training rows lack: {quoted(unknown)}")
+            return np.array([number[value] for value in values], np.int64)
+        if any(isinstance(value, list) for value in values):
+            raise UserError(f"{where} holds lists, where a class index belongs")
+        targets = np.asarray(values)
+        if targets.dtype.kind not in "iu" or targets.astype(np.int64).min(initial=first) < first:
+            raise UserError(
+                f"{where} holds no class indices of {first} or more; data.first_label, or mend it"
+            )
+        return targets.astype(np.int64) - first
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
         target = None if self.targets is None else int(self.targets[index])
-        return Item(f"{self.name} {index}", _stored(self.rows[index][self.image]), target)
+        name = f"{self.name} {index}"
+        return Item(name, _stored(self.rows[index][self.image], name), target)
 
 
-def _stored(picture: Mapping[str, Any]) -> bytes | Path:
-    """The content of a picture, or its file."""
+def _stored(picture: Mapping[str, Any] | None, name: str) -> bytes | Path:
+    """The content of a picture, or its file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if picture is None:
+        raise UserError(f"cannot read picture '{name}': the row has none")
     return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"])
 
 
@@ -236,7 +283,8 @@ class _Stream:
         try:
             for count, row in enumerate(rows, 1):
                 target = None if self.label is None else self._target(row[self.label], count)
-                yield Item(f"{self.name} row {count}", _stored(row[self.image]), target)
+                name = f"{self.name} row {count}"
+                yield Item(name, _stored(row[self.image], name), target)
         except UserError:
             raise
         except Exception as error:
