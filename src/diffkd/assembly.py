@@ -1,7 +1,7 @@
 """From a recipe to the things that it names: data, task, models, distiller."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,9 @@ from diffkd.pictures.memory import mix_batch
 from diffkd.pictures.unlabelled import joined
 from diffkd.recipe.classes import build_data
 from diffkd.recipe.schema import Recipe, check_options
-from diffkd.recipe.sides import Side, build_side
+from diffkd.recipe.sides import Side as Side
+from diffkd.recipe.sides import build_side as build_side
+from diffkd.recipe.sides import check_head, check_savable
 from diffkd.runs.content import digests
 from diffkd.runs.identity import Identity, identify
 from diffkd.tasks.base import Task, task_class
@@ -35,6 +37,7 @@ class Parts:
     """What a recipe names, built.
 
     Attributes:
+        teachers: by name; the first, or the only one, is called `teacher`.
         say: is told what samples warn of; None makes Python's own warnings of it.
     """
 
@@ -42,8 +45,13 @@ class Parts:
     data: Data
     task: Task
     student: Side
-    teacher: Side | None
+    teachers: Mapping[str, Side]
     say: Callable[[str], None] | None = None
+
+    @property
+    def teacher(self) -> Side | None:
+        """The teacher; of several the first."""
+        return self.teachers.get("teacher")
 
     @cached_property
     def training(self) -> Split:
@@ -114,18 +122,18 @@ class Parts:
                 f"learning rate {recipe.learning_rate:g} for {recipe.step_size} pictures a step "
                 f"({recipe.optimizer.lr:g} for {meant})"
             )
-        for what, side in (("student", self.student), ("teacher", self.teacher)):
-            if side is not None:
-                yield from (f"{what}: {note}" for note in side.notes)
+        for what, side in {"student": self.student, **self.teachers}.items():
+            yield from (f"{what}: {note}" for note in side.notes)
 
     def account(self, distiller: Distiller) -> Iterator[str]:
         """The notes, and what is tapped."""
         yield from self.notes()
-        for pair in distiller.pairs:
-            yield (
-                f"tap: student {pair.student.layer or 'output'} {pair.student.shape} "
-                f"<- teacher {pair.teacher.layer or 'output'} {pair.teacher.shape}"
-            )
+        for name, pairs in distiller.pairs_by_teacher.items():
+            for pair in pairs:
+                yield (
+                    f"tap: student {pair.student.layer or 'output'} {pair.student.shape} "
+                    f"<- {name} {pair.teacher.layer or 'output'} {pair.teacher.shape}"
+                )
 
     @cached_property
     def content(self) -> dict[str, str]:
@@ -152,9 +160,16 @@ class Parts:
         except UserError:
             if self._asks_for_answers() or models.from_classifier(output, self.teacher.model):
                 raise
+            if len(self.teachers) > 1:
+                raise
             self.teacher.notes.append("it gives no class scores: its features alone teach")
             return False
         _look_at_scores(self.teacher, self.task, output)
+        for name, side in self.teachers.items():
+            if side is not self.teacher:
+                output = _answers(name, side, self.task, self.sample(2))
+                self.task.check_output(output, f"teacher '{side.name}'")
+                _look_at_scores(side, self.task, output)
         return True
 
     def _asks_for_answers(self) -> bool:
@@ -169,6 +184,10 @@ class Parts:
     def distiller(self, sample: Batch) -> tuple[Distiller, list[str]]:
         """The distiller of the recipe's methods, and what it has to say of its taps."""
         methods = {name: m.choice for name, m in self.recipe.method.items()}
+        taught = {name: side.model for name, side in self.teachers.items() if methods}
+        prepare = self.student.prepare
+        seen = {name: prepare.instead_of(side.prepare) for name, side in self.teachers.items()}
+        shares = {name: teacher.share for name, teacher in self.recipe.every_teacher.items()}
         scores = self.task.logits
         if scores and methods and not self.teacher_answers:
             scores = ()
@@ -176,14 +195,15 @@ class Parts:
             warnings.simplefilter("always")
             distiller = Distiller(
                 self.student.model,
-                self.teacher.model if self.teacher and methods else None,
+                taught if len(taught) > 1 else taught.get("teacher"),
                 self.recipe.taps,
                 methods,
                 sample,
                 task=self.task,
                 logits=scores,
                 student_input=self.student.prepare,
-                teacher_input=self.student.prepare.instead_of(self.teacher.prepare) if self.teacher else None,
+                teacher_input=seen if len(taught) > 1 else seen.get("teacher"),
+                teacher_weights=shares if len(taught) > 1 else None,
                 num_classes=self.data.num_classes,
                 dataset_size=None if isinstance(self.training, Streamed) else len(self.training),
             )
@@ -252,11 +272,11 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True, student: Side | None 
         raise UserError(f"data.class_weights: task '{recipe.task.name}' weighs no classes")
     data = _with_unlabelled(recipe, data, task)
     student = student or build_side(recipe.student, data, resizes=task.resizes)
-    teacher = None
-    if with_teacher and recipe.teacher is not None:
-        teacher = build_side(recipe.teacher, data, resizes=task.resizes)
-        _check_head(recipe, task, teacher)
-    return Parts(recipe, data, task, student, teacher)
+    teachers = {}
+    for name, wanted in recipe.every_teacher.items() if with_teacher else ():
+        teachers[name] = build_side(wanted, data, resizes=task.resizes)
+        check_head(recipe, task, name, teachers[name])
+    return Parts(recipe, data, task, student, teachers)
 
 
 def _with_unlabelled(recipe: Recipe, data: Data, task: Task) -> Data:
@@ -271,20 +291,6 @@ def _with_unlabelled(recipe: Recipe, data: Data, task: Task) -> Data:
     return data
 
 
-def _check_head(recipe: Recipe, task: Task, teacher: Side) -> None:
-    """Refuses class scores of a teacher whose classifier was never trained."""
-    assert recipe.teacher is not None
-    if not teacher.fresh_head or recipe.teacher.train is not None:
-        return
-    tapped = bool(task.logits) if recipe.taps is None else "" in recipe.taps.values()
-    logits = [name for name in recipe.method if tapped and method_class(name).uses_logits]
-    if logits:
-        raise UserError(
-            f"teacher '{teacher.name}': its weights are for other classes, so its class scores, which method "
-            f"'{logits[0]}' distils, mean nothing; add teacher.train.epochs=10, say, or tap features only"
-        )
-
-
 def check_outputs(parts: Parts, sample: Batch) -> None:
     """Runs both models once, and looks at the first targets.
 
@@ -296,7 +302,7 @@ def check_outputs(parts: Parts, sample: Batch) -> None:
     student = parts.student
     output = _answers("student", student, parts.task, sample)
     parts.task.check_output(output, f"student '{student.name}'")
-    _check_savable(student)
+    check_savable(student)
     _look_at_scores(student, parts.task, output)
     _ = parts.teacher_answers
 
@@ -347,21 +353,6 @@ def _check_pictures(parts: Parts, sample: Batch) -> None:
             "meant, and the data's mean and std are of that scale"
         )
         parts.data = replace(parts.data, notes=(*parts.data.notes, note))
-
-
-def _check_savable(student: Side) -> None:
-    """Refuses a student whose weights could not be written at the end.
-
-    Raises:
-        UserError: its `state_dict` holds other things than plain tensors.
-    """
-    for key, value in student.model.state_dict().items():
-        plain = isinstance(value, Tensor) and not value.is_quantized and value.layout == torch.strided
-        if not plain or value.is_meta:
-            raise UserError(
-                f"student '{student.name}': '{key}' of its state_dict is no plain tensor, and cannot be "
-                "saved; quantised, sparse and empty (meta) models cannot be trained"
-            )
 
 
 def _answers(what: str, side: Side, task: Task, sample: Batch) -> Any:

@@ -175,6 +175,11 @@ class Distiller(nn.Module):
         """What learns from what, of all teachers."""
         return tuple(pair for lesson in self._lessons for pair in lesson.pairs)
 
+    @property
+    def pairs_by_teacher(self) -> dict[str, tuple[Pair, ...]]:
+        """What learns from what, by the teacher's name; the only one is called `teacher`."""
+        return {lesson.name or "teacher": lesson.pairs for lesson in self._lessons}
+
     def at(self, progress: float) -> None:
         """Says how far the run is, for weights on a schedule; to be called before each step.
 

@@ -43,8 +43,9 @@ def build_data(recipe: Recipe, *, unlabelled: bool = True) -> tuple[Recipe, Data
 
 def _told(recipe: Recipe) -> Iterator[tuple[str, ModelRecipe, tuple[str, ...]]]:
     """Models whose weights say their classes; the teacher's count first."""
-    for section, side in (("teacher", recipe.teacher), ("student", recipe.student)):
-        if side is not None and side.weights is not None and is_local(side.weights):
+    models: list[tuple[str, ModelRecipe]] = [*recipe.every_teacher.items(), ("student", recipe.student)]
+    for section, side in models:
+        if side.weights is not None and is_local(side.weights):
             known = told_classes(side.weights)
             if known:
                 yield section, side, known

@@ -88,6 +88,16 @@ def code_names(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
             names = list(part) if section == "method" else [part.get(name)]
             key = section if section == "method" else f"{section}.{name}"
             yield from ((key, name) for name in names if isinstance(name, str) and is_path(name))
+    for teacher in teachers_in({"teachers": content.get("teachers")}):
+        if isinstance(model := teacher.get("model"), str) and is_path(model):
+            yield "teachers.model", model
+
+
+def teachers_in(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """All teachers of a recipe, as far as they are sections."""
+    further = content.get("teachers")
+    found = [content.get("teacher"), *(further.values() if isinstance(further, dict) else ())]
+    return [teacher for teacher in found if isinstance(teacher, dict)]
 
 
 def builtin() -> dict[str, Path]:
@@ -176,10 +186,20 @@ def _normalize(layer: dict[str, Any], where: str) -> dict[str, Any]:
             layer[section] = {name: layer[section]}
     if "method" in layer:
         layer["method"] = _methods(layer["method"], where)
-    teacher = layer.get("teacher")
-    if isinstance(teacher, dict) and isinstance(teacher.get("train"), dict):
-        layer["teacher"] = {**teacher, "train": _normalize(teacher["train"], where)}
+    layer |= {key: _teacher(layer[key], where) for key in ("teacher",) if key in layer}
+    if isinstance(further := layer.get("teachers"), dict):
+        layer["teachers"] = {
+            name: _teacher({"model": told} if isinstance(told, str) else told, where)
+            for name, told in further.items()
+        }
     return layer
+
+
+def _teacher(teacher: Any, where: str) -> Any:
+    """A teacher with the short forms in its training written out."""
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("train"), dict):
+        return teacher
+    return {**teacher, "train": _normalize(teacher["train"], where)}
 
 
 def _methods(value: Any, where: str) -> dict[str, Any]:

@@ -10,9 +10,12 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model, model_validator
 
 from diffkd.errors import UserError, nearest
-from diffkd.recipe.base import Arguments, Count, NotNegative, Positive, Section
+from diffkd.recipe.base import Count, NotNegative, Section
 from diffkd.recipe.errors import first_error
-from diffkd.recipe.files import RECIPES, code_names, read_layers
+from diffkd.recipe.files import RECIPES, code_names, read_layers, teachers_in
+from diffkd.recipe.models import ModelRecipe as ModelRecipe
+from diffkd.recipe.models import TeacherRecipe as TeacherRecipe
+from diffkd.recipe.models import TeacherTraining as TeacherTraining
 from diffkd.recipe.training import CosineSchedule, OptimizerRecipe, ScheduleRecipe, Sgd, TrainerRecipe
 from diffkd.recipe.words import own_texts
 
@@ -76,31 +79,6 @@ class DataRecipe(OpenSection):
     cutmix: NotNegative = 0.0
 
 
-class ModelRecipe(Section):
-    """A model, its weights, and its way of seeing pictures where it differs from the data's.
-
-    Attributes:
-        model: `source/name` (`diffkd list models`), or a function or class by `file.py:name`.
-        weights: a file, a run folder, or the name of published weights (`pretrained`, `IMAGENET1K_V1`);
-            `available` takes the published ones where they can be fetched, and says which it took.
-        weights_by_order: takes the weights' tensors in their order, whatever their names.
-        options: further arguments of the model, such as `{drop_path_rate: 0.2}`.
-        mean, std: on the scale 0 to 1; size: the pixels that pictures are resized to.
-        freeze: paths of layers that are not trained: out of the optimizer, and in evaluation mode.
-        freeze_norm: whether batch normalisation keeps its statistics and weights as they come.
-    """
-
-    model: str
-    weights: str | None = None
-    weights_by_order: bool = False
-    options: Arguments = Field(default_factory=dict)
-    mean: list[float] | None = None
-    std: list[Positive] | None = None
-    size: Count | None = None
-    freeze: list[str] = Field(default_factory=list)
-    freeze_norm: bool = False
-
-
 class MethodRecipe(OpenSection):
     """A method's weight and options.
 
@@ -128,41 +106,6 @@ class MethodRecipe(OpenSection):
         return self
 
 
-class TeacherTraining(Section):
-    """How a teacher is made, from its weights if it has some; what is not said is as in the student's run.
-
-    Attributes:
-        epochs, steps: how long it is trained, one of the two.
-        batch_size: pictures of a batch, on all devices together.
-        optimizer: sections of its own, in place of the student's.
-        schedule: as `optimizer`.
-        seed: of its first weights and its order of pictures; a teacher is made once for each seed.
-    """
-
-    epochs: Count | None = None
-    steps: Count | None = None
-    batch_size: Count | None = None
-    optimizer: OptimizerRecipe | None = Field(default=None, discriminator="name")
-    schedule: ScheduleRecipe | None = Field(default=None, discriminator="name")
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "TeacherTraining":
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("needs either epochs or steps")
-        return self
-
-
-class TeacherRecipe(ModelRecipe):
-    """The teacher: its weights, or how it is made.
-
-    Attributes:
-        train: how it is trained where it does not exist yet; null takes its weights as they are.
-    """
-
-    train: TeacherTraining | None = None
-
-
 class Recipe(Section):
     """One run, completely described.
 
@@ -171,6 +114,7 @@ class Recipe(Section):
         task: what is learnt, and its options.
         data: what is learnt from.
         teacher, student: the two models.
+        teachers: further teachers by name, each as `teacher`: every method learns from each of them.
         method: the methods by name, each with its weight and options.
         taps: layers of the student by their paths, each with the layer of the teacher that it learns from;
             null chooses them.
@@ -189,6 +133,7 @@ class Recipe(Section):
     task: TaskRecipe = TaskRecipe()
     data: DataRecipe
     teacher: TeacherRecipe | None = None
+    teachers: dict[str, TeacherRecipe] = Field(default_factory=dict)
     student: ModelRecipe
     method: dict[str, MethodRecipe] = Field(default_factory=dict)
     taps: dict[str, str] | None = None
@@ -208,6 +153,20 @@ class Recipe(Section):
         methods = "+".join(re.sub(r"\W+", "_", name) for name in self.method) or "none"
         return Path("runs") / self.name / f"{methods}-seed{self.seed}"
 
+    @model_validator(mode="after")
+    def _named_teachers(self) -> "Recipe":
+        if self.teachers and self.teacher is None:
+            raise ValueError("teachers are further ones beside teacher: say teacher=... first")
+        odd = [name for name in self.teachers if not name.isidentifier() or name == "teacher"]
+        if odd:
+            raise ValueError(f"teachers are called by words of letters, digits and _, not '{odd[0]}'")
+        return self
+
+    @property
+    def every_teacher(self) -> dict[str, TeacherRecipe]:
+        """All teachers by name; the first is called `teacher`."""
+        return {} if self.teacher is None else {"teacher": self.teacher, **self.teachers}
+
     @property
     def task_weight(self) -> float:
         """Weight of the supervised losses: `task.weight` where something is distilled, else 1."""
@@ -224,11 +183,11 @@ class Recipe(Section):
         meant = self.optimizer.lr_batch
         return self.optimizer.lr * (self.step_size / meant if meant else 1.0)
 
-    def teacher_recipe(self) -> "Recipe":
-        """The run that makes the teacher: its model in the student's place, and no teacher."""
-        assert self.teacher is not None
-        train = self.teacher.train or TeacherTraining()
-        model = ModelRecipe(**self.teacher.model_dump(exclude={"train"}))
+    def teacher_recipe(self, name: str = "teacher") -> "Recipe":
+        """The run that makes a teacher: its model in the student's place, and no teacher."""
+        teacher = self.every_teacher[name]
+        train = teacher.train or TeacherTraining()
+        model = ModelRecipe(**teacher.model_dump(exclude={"train", "share"}))
         told = train if train.epochs or train.steps else self.trainer
         trainer = {"epochs": told.epochs, "steps": told.steps, "ema": None}
         trainer |= {"patience": None, "max_minutes": None}  # of the run, not of what many runs share
@@ -236,6 +195,7 @@ class Recipe(Section):
         return self.model_copy(
             update={
                 "teacher": None,
+                "teachers": {},
                 "student": model,
                 "method": {},
                 "taps": None,
@@ -280,6 +240,8 @@ def load(
         if not trust and code not in trusted:
             raise UserError(f"{place}: {key} '{code}' would run code; add trust=true if you trust it")
     own_texts(content, overrides)
+    if content.get("teacher") is None and not content.get("method"):
+        content.pop("teachers", None)  # of a student that is trained alone
     if (place.parent / "checkpoints").is_dir() and isinstance(content.get("optimizer"), dict):
         # a run's own recipe: before weights were told apart, everything decayed
         content["optimizer"].setdefault("no_decay", "none")
@@ -342,8 +304,7 @@ def _validate(content: dict[str, Any], where: str) -> Recipe:
 
 def _default_names(content: dict[str, Any]) -> None:
     """Writes the default optimizer and schedule where only their settings are given."""
-    train = (content.get("teacher") or {}).get("train") if isinstance(content.get("teacher"), dict) else None
-    for owner in (content, train):
+    for owner in (content, *(teacher.get("train") for teacher in teachers_in(content))):
         for section, default in (("optimizer", "sgd"), ("schedule", "cosine")):
             if isinstance(owner, dict) and isinstance(owner.get(section), dict):
                 owner[section] = {"name": default, **owner[section]}
@@ -374,7 +335,7 @@ def _check_labels(recipe: Recipe) -> None:
         raise UserError("data.labels=none takes no label at all: leave out data.unlabelled")
     if not recipe.method:
         raise UserError("data.labels=none without a method to distil with: there is nothing to learn from")
-    if recipe.teacher is not None and recipe.teacher.train is not None:
+    if any(teacher.train is not None for teacher in recipe.every_teacher.values()):
         raise UserError(
             "data.labels=none: a teacher cannot be trained without labels; give teacher.weights=FILE "
             "teacher.train=null"

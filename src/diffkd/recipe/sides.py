@@ -4,16 +4,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffkd.batch import Batch
 from diffkd.data.base import Data
 from diffkd.errors import UserError
+from diffkd.methods.base import method_class
 from diffkd.models import base as models
 from diffkd.models.freeze import freeze
 from diffkd.models.origin import find_weights
 from diffkd.models.weights import load_state
-from diffkd.recipe.schema import ModelRecipe, TeacherRecipe
+from diffkd.recipe.models import ModelRecipe, TeacherRecipe
+from diffkd.recipe.schema import Recipe
 from diffkd.tasks.base import Task
 
 
@@ -47,6 +49,24 @@ class Side:
     def forward(self, task: Task, batch: Batch) -> Any:
         """The model's answers for a loader's batch."""
         return task.predict(self.model, task.prepare(task.frame(batch), self.prepare))
+
+
+def check_head(recipe: Recipe, task: Task, name: str, teacher: Side) -> None:
+    """Refuses class scores of a teacher whose classifier was never trained.
+
+    Raises:
+        UserError: they are distilled.
+    """
+    if not teacher.fresh_head or recipe.every_teacher[name].train is not None:
+        return
+    tapped = bool(task.logits) if recipe.taps is None else "" in recipe.taps.values()
+    logits = [name for name in recipe.method if tapped and method_class(name).uses_logits]
+    key = name if name == "teacher" else f"teachers.{name}"
+    if logits:
+        raise UserError(
+            f"teacher '{teacher.name}': its weights are for other classes, so its class scores, which method "
+            f"'{logits[0]}' distils, mean nothing; add {key}.train.epochs=10, say, or tap features only"
+        )
 
 
 def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side:
@@ -99,3 +119,18 @@ def build_side(wanted: ModelRecipe, data: Data, *, resizes: bool = True) -> Side
     section = "teacher" if isinstance(wanted, TeacherRecipe) else "student"
     side.frozen = freeze(model, wanted.freeze, wanted.freeze_norm, section)
     return side
+
+
+def check_savable(student: Side) -> None:
+    """Refuses a student whose weights could not be written at the end.
+
+    Raises:
+        UserError: its `state_dict` holds other things than plain tensors.
+    """
+    for key, value in student.model.state_dict().items():
+        plain = isinstance(value, Tensor) and not value.is_quantized and value.layout == torch.strided
+        if not plain or value.is_meta:
+            raise UserError(
+                f"student '{student.name}': '{key}' of its state_dict is no plain tensor, and cannot be "
+                "saved; quantised, sparse and empty (meta) models cannot be trained"
+            )

@@ -44,7 +44,9 @@ def parse_override(override: str) -> tuple[str, Any]:
         return key, _read(key, text, parse_texts)
     if key in _TEXT_LISTS and "," in text and not Path(text).exists():  # shells want brackets quoted
         return key, [part.strip() for part in text.split(",")]
-    if key in _TEXT | _TEXT_LISTS or (key.startswith("data.") and key[5:] in _TEXT_OPTIONS):
+    section, _, rest = key.partition(".")
+    further = section == "teachers" and rest.partition(".")[2] in ("", "model", "weights") and not listed
+    if further or key in _TEXT | _TEXT_LISTS or (key.startswith("data.") and key[5:] in _TEXT_OPTIONS):
         return key, None if text in ("", "null") else text  # the words are the text
     value = _read(key, text, parse) if text else None
     return key, text if key in _SECTIONS and isinstance(value, bool) else value

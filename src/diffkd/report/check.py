@@ -187,8 +187,7 @@ def _modules(parts: Parts, distiller: Distiller, groups: Sequence[Mapping[str, A
     rows: list[tuple[str, nn.Module]] = [("student", distiller.student)]
     for name, method in distiller.methods.items():
         rows += [(f"{name}: {key}", part) for key, part in _parts_of(method)]
-    if parts.teacher is not None:
-        rows.append(("teacher (frozen)", parts.teacher.model))
+    rows += [(f"{name} (frozen)", side.model) for name, side in parts.teachers.items()]
     for name, module in rows:
         weights = list(module.parameters())
         counts = (
@@ -214,17 +213,10 @@ def _parts_of(method: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _costs(parts: Parts) -> Table:
     table = _table("what a model costs", "", "model", "parameters", "MACs", "ms/image", "size")
-    for what, side in (("teacher", parts.teacher), ("student", parts.student)):
-        if side is not None:
-            cost = parts.cost(side)
-            table.add_row(
-                what,
-                side.name,
-                f"{cost.parameters:,}",
-                quantity(cost.macs),
-                f"{cost.milliseconds:.2f}",
-                size(cost.bytes),
-            )
+    for what, side in {**parts.teachers, "student": parts.student}.items():
+        cost = parts.cost(side)
+        numbers = f"{cost.parameters:,}", quantity(cost.macs), f"{cost.milliseconds:.2f}", size(cost.bytes)
+        table.add_row(what, side.name, *numbers)
     return table
 
 

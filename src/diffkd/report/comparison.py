@@ -55,7 +55,7 @@ def compare_runs(
     first = runs[0].summary
     names = list(dict.fromkeys(run.method for run in runs))
     of = {name: [run for run in runs if run.method == name] for name in names}
-    teacher = next((run.summary["teacher"] for run in runs if run.summary["teacher"]), None)
+    taught = next((run.summary for run in runs if run.summary["teacher"]), None)
     return {
         "title": title,
         "metric_label": first["metric_label"],
@@ -66,12 +66,23 @@ def compare_runs(
         "steps": first.get("steps"),
         "axis": first.get("axis", "epoch"),
         "seeds": sorted({run.seed for run in runs}),
-        "teacher": None if teacher is None else {**teacher, "score": teacher.get(first["metric"])},
+        "teacher": None if taught is None else _teacher(taught),
         "student": first["student"],
         "notes": list(notes),
         "methods": [_method(name, of[name], of) | {"tuned": (tuned or {}).get(name)} for name in names],
         "per_class": list(per_class(of)),
     }
+
+
+def _teacher(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher and its score; of several the first, whose name says the others too."""
+    metric, first = summary["metric"], summary["teacher"]
+    others = [
+        each["model"] + (f" ({percent(each[metric])})" if metric in each else "")
+        for each in summary.get("teachers", {}).values()
+    ]
+    model = " and ".join((*others, first["model"]))
+    return {**first, "model": model, "score": first.get(metric)}
 
 
 def _method(

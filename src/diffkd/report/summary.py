@@ -40,9 +40,10 @@ def summary_table(
     ):
         table.add_column(column, justify="right", no_wrap=True)
     student, teacher, metric = summary["student"], summary["teacher"], summary["metric"]
-    if teacher is not None:
-        score = percent(teacher[metric]) if metric in teacher else ""
-        table.add_row("teacher", plain(teacher["model"]), score, "", *_costs(teacher))
+    taught = {} if teacher is None else {"teacher": teacher, **summary.get("teachers", {})}
+    for name, each in taught.items():
+        score = percent(each[metric]) if metric in each else ""
+        table.add_row(plain(name), plain(each["model"]), score, "", *_costs(each))
     for name, run in ((f"student{turn}alone", alone), ("student", summary)):
         if run is not None:
             axis = run.get("axis", "epoch")

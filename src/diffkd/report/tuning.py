@@ -129,14 +129,16 @@ def _shortened(base: Recipe, unit: str, length: int, share: float) -> dict[str, 
         "trainer": base.trainer.model_copy(update={unit: length}),
         "schedule": base.schedule.model_copy(update=schedule),
     }
-    teacher = base.teacher
-    if teacher is not None and teacher.train is not None:
+    teachers = base.every_teacher
+    for name, teacher in teachers.items():
+        if teacher.train is None:
+            continue
         told = teacher.train if teacher.train.epochs or teacher.train.steps else base.trainer
         said = {"epochs": told.epochs, "steps": told.steps}
         said["schedule"] = teacher.train.schedule or base.schedule  # type: ignore[assignment]
         train = teacher.train.model_copy(update=said)
-        found["teacher"] = teacher.model_copy(update={"train": train})
-    return found
+        teachers[name] = teacher.model_copy(update={"train": train})
+    return {**found, "teacher": teachers.pop("teacher", None), "teachers": teachers}
 
 
 class Search:

@@ -91,18 +91,26 @@ def _determining(recipe: Recipe) -> dict[str, Any]:
     for limit in ("patience", "max_minutes"):  # none is as if there were no such key
         if content["trainer"][limit] is None:
             del content["trainer"][limit]
-    for name in ("student", "teacher"):
-        model = getattr(recipe, name)
-        for key in _weights_files(model) if model is not None else ():
+    teachers = content.pop("teachers")  # as if there were no such key where there are none
+    content |= {f"teachers.{name}": told for name, told in teachers.items()}
+    if not teachers and content["teacher"] is not None:
+        del content["teacher"]["share"]
+    for name, model in (("student", recipe.student), *_teachers(recipe)):
+        for key in _weights_files(model):
             place = content[name] if key == "weights" else content[name]["options"]
             place[key] = "a file"
     return content
 
 
+def _teachers(recipe: Recipe) -> Iterator[tuple[str, ModelRecipe]]:
+    for name, teacher in recipe.every_teacher.items():
+        yield name if name == "teacher" else f"teachers.{name}", teacher
+
+
 def _models(recipe: Recipe) -> Iterator[tuple[str, ModelRecipe]]:
     yield "student", recipe.student
-    if recipe.teacher is not None and recipe.method:  # without a method nobody asks it
-        yield "teacher", recipe.teacher
+    if recipe.method:  # without a method nobody asks them
+        yield from _teachers(recipe)
 
 
 def _weights(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,7 @@ def control_recipe(recipe: Recipe, output: Path | None = None) -> Recipe:
         update={
             "method": {},
             "teacher": None,
+            "teachers": {},
             "taps": None,
             "control": False,
             "output": None if output is None else str(output),

@@ -48,7 +48,7 @@ def summary_of(
     place: Place,
     best: Mapping[str, float],
     figures: Mapping[str, float],
-    teacher: Mapping[str, float] | None,
+    teachers: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """All that a finished run says of itself, as `summary.json` has it.
 
@@ -57,14 +57,14 @@ def summary_of(
         place: where it ended.
         best: the row of history of the best epoch.
         figures: of the student that is shipped.
-        teacher: its figures.
+        teachers: their figures by name.
     """
     parts, recipe, task = trainer.parts, trainer.recipe, trainer.parts.task
     summary = {
         "recipe": recipe.name,
         "published": recipe.published,
         "methods": list(recipe.method),
-        "weights": dict(zip(recipe.method, trainer.distiller.weights.values(), strict=True)),
+        "weights": _weights(trainer),
         "seed": recipe.seed,
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
@@ -89,14 +89,25 @@ def summary_of(
         "device": str(trainer.fabric.device),
         "machine": machine(str(trainer.fabric.device)),
     }
-    if parts.teacher is not None and teacher is not None:
-        summary["teacher"] = {
-            "model": parts.teacher.name,
-            "weights": parts.teacher.weights,
-            **teacher,
-            **trainer.costs["teacher"],
+    found = {
+        name: {
+            "model": side.name,
+            "weights": side.weights,
+            **teachers.get(name, {}),
+            **trainer.costs[name],
         }
+        for name, side in parts.teachers.items()
+    }
+    summary["teacher"] = found.pop("teacher", None)
+    if found:
+        summary["teachers"] = found
     return summary
+
+
+def _weights(trainer: "Trainer") -> dict[str, float]:
+    """What methods weigh, by the recipe's names; of several teachers by the losses'."""
+    weights, names = trainer.distiller.weights, list(trainer.recipe.method)
+    return dict(zip(names, weights.values(), strict=True)) if len(weights) == len(names) else dict(weights)
 
 
 def write_best(trainer: "Trainer", place: Place, best: Mapping[str, float]) -> None:

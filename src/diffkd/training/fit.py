@@ -50,23 +50,24 @@ def _fit(recipe: Recipe, fabric: Fabric, reporter: Reporter, witness: Witness | 
         for loader in (trainer.train_loader, trainer.test_loader):
             held.callback(loader.close)
         on_first(fabric, lambda: _take(trainer, held))
-        if (
-            trainer.parts.teacher is not None
-            and recipe.teacher is not None
-            and recipe.teacher.train is not None
-        ):
-            made = make_teacher(
-                recipe, trainer.parts, fabric, reporter, lambda wanted, said: _fit(wanted, fabric, said)
-            )
-            loaded = load_weights(trainer.parts.teacher.model, made.student_file, name=recipe.teacher.model)
-            trainer.parts.teacher.notes.append(loaded.note)
-            trainer.parts.teacher.weights = str(made.student_file.absolute())
-            on_first(fabric, lambda: note_use(made.path, trainer.folder.path))
+        for name, wanted in recipe.every_teacher.items():
+            if wanted.train is not None and name in trainer.parts.teachers:
+                _load_made(name, wanted.model, trainer, fabric, reporter)
         was_finished = trainer.folder.finished
         folder = trainer.run()
         if recipe.trainer.keep == "last" and not was_finished:
             on_first(fabric, lambda: keep_last(folder))
         return folder
+
+
+def _load_made(name: str, model: str, trainer: Trainer, fabric: Fabric, reporter: Reporter) -> None:
+    """Makes a teacher where there is none yet, and loads it."""
+    parts = trainer.parts
+    made = make_teacher(name, parts, fabric, reporter, lambda wanted, said: _fit(wanted, fabric, said))
+    side = parts.teachers[name]
+    side.notes.append(load_weights(side.model, made.student_file, name=model).note)
+    side.weights = str(made.student_file.absolute())
+    on_first(fabric, lambda: note_use(made.path, trainer.folder.path))
 
 
 def _take(trainer: Trainer, held: ExitStack) -> None:

@@ -30,16 +30,16 @@ _WAIT = 5.0  # seconds between two looks at whether another run has made the tea
 
 
 def make_teacher(
-    recipe: Recipe,
+    name: str,
     parts: Parts,
     fabric: Fabric,
     reporter: Reporter,
     train: Callable[[Recipe, Reporter], RunFolder],
 ) -> RunFolder:
-    """The run that trained the recipe's teacher: found in the cache, or run now and kept there.
+    """The run that trained a teacher of the recipe: found in the cache, or run now and kept there.
 
     Args:
-        recipe: the student's run.
+        name: the teacher's.
         parts: the run's, whose data and teacher's weights, as they were found, determine the teacher too.
         fabric: launched.
         reporter: says what happens.
@@ -48,8 +48,8 @@ def make_teacher(
     Raises:
         UserError: the cache folder cannot be used.
     """
-    wanted = parts.recipe.teacher_recipe()
-    start = {"weights": parts.teacher.weights if parts.teacher else None}
+    wanted = parts.recipe.teacher_recipe(name)
+    start = {"weights": parts.teachers[name].weights}
     wanted = wanted.model_copy(update={"student": wanted.student.model_copy(update=start)})
     content = {name: digest for name, digest in parts.content.items() if name != UNLABELLED}
     identity = identify(wanted, content) if fabric.is_global_zero else {}
@@ -137,15 +137,18 @@ def _take_turns(held: ExitStack, place: Path, fabric: Fabric, reporter: Reporter
             return
 
 
-def teacher_figures(parts: Parts, fabric: Fabric, measure: Callable[[], Figures]) -> dict[str, float]:
-    """How good the teacher is on the test data: as it was measured before, or measured now and kept.
+def teacher_figures(
+    parts: Parts, name: str, fabric: Fabric, measure: Callable[[], Figures]
+) -> dict[str, float]:
+    """How good a teacher is on the test data: as it was measured before, or measured now and kept.
 
     Args:
-        parts: of the run; there is a teacher.
+        parts: of the run.
+        name: the teacher's.
         fabric: launched.
         measure: evaluates the teacher, in all processes.
     """
-    place = cache_folder() / "figures" / f"{_judged(parts)}.json" if fabric.is_global_zero else None
+    place = cache_folder() / "figures" / f"{_judged(parts, name)}.json" if fabric.is_global_zero else None
     known = fabric.broadcast(None if place is None else _read_figures(place))
     if known is not None:
         return known
@@ -167,10 +170,9 @@ def _read_figures(place: Path) -> dict[str, float] | None:
         return None
 
 
-def _judged(parts: Parts) -> str:
+def _judged(parts: Parts, name: str) -> str:
     """A short name of all that the teacher's figures depend on, the tensors of the model themselves too."""
-    assert parts.teacher is not None
-    teacher, recipe = parts.teacher, parts.recipe
+    teacher, recipe = parts.teachers[name], parts.recipe
     identity = parts.identity
     tensors = [
         f"{name} {zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)}"
@@ -182,7 +184,7 @@ def _judged(parts: Parts) -> str:
         teacher.prepare.std.flatten().tolist(),
         teacher.prepare.size,
     ]
-    told = [teacher.name, repr(recipe.teacher and recipe.teacher.options), repr(seen)]
+    told = [teacher.name, repr(recipe.every_teacher[name].options), repr(seen)]
     told.append(recipe.trainer.precision)
     told += [
         recipe.task.name,

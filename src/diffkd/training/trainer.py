@@ -1,6 +1,7 @@
 """The loop: step, validate, save, resume."""
 
 import time
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -101,16 +102,16 @@ class Trainer:
         if silent:
             self.warnings.append(expect_unused(fabric, silent))
         if recipe.trainer.channels_last:
-            beside = (held.model for held in (self.ema, parts.teacher) if held is not None)
+            beside = (held.model for held in (self.ema, *parts.teachers.values()) if held is not None)
             as_channels_last(step, *beside)
         if recipe.trainer.compile:
             # A model runs with the taps' hooks in training and without them else: two graphs.
             torch._dynamo.config.skip_nnmodule_hook_guards = False
-            for module in (parts.student.model, self.distiller.teacher, *self.distiller.methods.values()):
-                if module is not None:
-                    module.compile()
-        if parts.teacher is not None:
-            parts.teacher.to(fabric.device)
+            taught = self.distiller.methods and [side.model for side in parts.teachers.values()]
+            for module in (parts.student.model, *(taught or ()), *self.distiller.methods.values()):
+                module.compile()
+        for side in parts.teachers.values():
+            side.to(fabric.device)
         self.distiller.expect(self.length.total * recipe.trainer.accumulate)
         self.balance = Balance(self.distiller, recipe, fabric, steps)
         self.plain = step
@@ -138,7 +139,7 @@ class Trainer:
         # From here on every process draws its own noise.
         seed_everything(self.recipe.seed, self.fabric.global_rank)
         reset_peak_memory(self.fabric.device)
-        teacher = self._judge_teacher()
+        teachers = self._judge_teachers()
         place = self._begin()
         self.meter, self.since = Meter(place.sums), time.perf_counter()
         self.clock = self.since
@@ -147,13 +148,13 @@ class Trainer:
                 self._train_epoch(place, bar, stop)
         if place.ended:
             self.reporter.note(f"ended after {self.length.told(place.step - 1)}: {place.ended}")
-        self._finish(place, teacher)
+        self._finish(place, teachers)
         self.fabric.barrier()  # nobody reads the student before it is written
         return self.folder
 
     def _measure(self) -> dict[str, dict[str, float]]:
-        sides = {"student": self.parts.student, "teacher": self.parts.teacher}
-        return {what: self.parts.cost(side).as_dict() for what, side in sides.items() if side is not None}
+        sides = {"student": self.parts.student, **self.parts.teachers}
+        return {what: self.parts.cost(side).as_dict() for what, side in sides.items()}
 
     def _begin(self) -> Place:
         """Makes the folder, or finds the place where the run stopped."""
@@ -181,19 +182,22 @@ class Trainer:
             self.loggers = Loggers(self.folder, self.recipe, self.reporter)
         return place
 
-    def _judge_teacher(self) -> dict[str, float] | None:
-        """The teacher's own figures; warns where it looks untrained."""
-        parts, teacher = self.parts, self.parts.teacher
-        if teacher is None or not parts.teacher_answers:
-            return None if teacher is None else {}
-        figures = teacher_figures(parts, self.fabric, lambda: self._judge(teacher))
-        score, chance = figures[parts.task.metric], parts.task.chance
-        if chance is not None and near_chance(score, chance, len(parts.data.test)):
-            self.reporter.warn(
-                f"teacher '{teacher.name}' looks untrained: {parts.task.metric_label} "
-                f"{100 * score:.2f} % is near chance ({100 * chance:.2f} %); give teacher.weights"
-            )
-        return figures
+    def _judge_teachers(self) -> dict[str, dict[str, float]]:
+        """The teachers' own figures by name; warns where one looks untrained."""
+        parts, found = self.parts, dict[str, dict[str, float]]()
+        for name, teacher in parts.teachers.items():
+            found[name] = {}
+            if not parts.teacher_answers:
+                continue
+            figures = teacher_figures(parts, name, self.fabric, partial(self._judge, teacher))
+            score, chance = figures[parts.task.metric], parts.task.chance
+            if chance is not None and near_chance(score, chance, len(parts.data.test)):
+                self.reporter.warn(
+                    f"teacher '{teacher.name}' looks untrained: {parts.task.metric_label} "
+                    f"{100 * score:.2f} % is near chance ({100 * chance:.2f} %); give teacher.weights"
+                )
+            found[name] = figures
+        return found
 
     def _train_epoch(self, place: Place, bar: ProgressBar, stop: StopRequest) -> None:
         """The rest of the epoch that the place is in, or of the run."""
@@ -386,7 +390,7 @@ class Trainer:
 
     # --- the end ---------------------------------------------------------------------------------
 
-    def _finish(self, place: Place, teacher: dict[str, float] | None) -> None:
+    def _finish(self, place: Place, teachers: dict[str, dict[str, float]]) -> None:
         """Writes the student and the summary."""
         if not self.fabric.is_global_zero:
             return
@@ -396,4 +400,4 @@ class Trainer:
         figures = {name: place.history[-1][name] for name in place.scalars}
         self.folder.write_student(self.shipped.model.state_dict(), describe_student(self.parts, figures))
         write_best(self, place, best)
-        self.folder.write_summary(summary_of(self, place, best, figures, teacher))
+        self.folder.write_summary(summary_of(self, place, best, figures, teachers))

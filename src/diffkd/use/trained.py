@@ -1,20 +1,23 @@
 """A finished run built again: its models with their weights, its methods as they ended."""
 
+from typing import Any
+
 from diffkd.assembly import Parts, assemble
 from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.maths.randomness import seed_everything
-from diffkd.recipe.schema import ModelRecipe, Recipe, load
+from diffkd.recipe.schema import Recipe, load
 from diffkd.runs.folder import RunFolder, load_checkpoint, step_of
 from diffkd.use.student import read_config, student_folder
 
 
 def as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None, which: str = "last") -> Recipe:
-    """A run's recipe with the weights that it ended with, and its teacher's as they were found or made."""
+    """A run's recipe with the weights that it ended with, and its (first) teacher's as found or made."""
     weights = str(folder.path if which == "last" else student_folder(folder.path, which))
-    found: dict[str, ModelRecipe] = {
+    found: dict[str, Any] = {
         "student": recipe.student.model_copy(update={"weights": weights, "weights_by_order": False})
     }
+    found["teachers"] = {}
     if recipe.teacher is not None:
         found["teacher"] = recipe.teacher.model_copy(update={"weights": teacher_weights, "train": None})
     return recipe.model_copy(update=found)
@@ -63,6 +66,8 @@ def rebuild(run: str, *, which: str = "last", trust: bool = False) -> tuple[Part
     summary, recipe = folder.read_summary(), load(str(folder.recipe_file), trust=trust)
     if summary["teacher"] is None:
         raise UserError(f"the run in '{run}' had no teacher")
+    if recipe.teachers:
+        raise UserError(f"the run in '{run}' had several teachers, whose features cannot be shown yet")
     seed_everything(recipe.seed)  # a teacher with fresh weights is the same again
     parts = assemble(as_trained(recipe, folder, summary["teacher"]["weights"], which))
     distiller, _ = parts.distiller(parts.sample(2))

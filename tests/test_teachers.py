@@ -1,0 +1,108 @@
+"""Several teachers in a recipe: made, kept, weighted, judged and told apart."""
+
+import json
+
+import pytest
+import torch
+
+from diffkd.assembly import assemble
+from diffkd.errors import UserError
+from diffkd.maths.losses import kl_divergence
+from diffkd.recipe.files import code_names
+from diffkd.recipe.schema import dump, load
+from diffkd.runs.folder import RunFolder
+from diffkd.runs.identity import difference, identify
+
+WIDE = ["teachers.wide=simple/cnn8", "teachers.wide.share=3"]
+SHORT = ["teacher.model=simple/cnn4", "student=simple/cnn2", "trainer.epochs=1", "trainer.accelerator=cpu"]
+SHORT += ["teacher.train.epochs=1", "trainer.threads=1", "data.batch_size=512", "method=kd", "data.limit=512"]
+
+
+def recipe(*words):
+    return load("digits-8x8", [*SHORT, *WIDE, *words])
+
+
+def test_a_recipe_names_further_teachers_in_short_and_in_full(tmp_path):
+    found = recipe("teachers.wide.train={epochs: 2, optimizer: adamw}", "teachers.wide.weights=2024")
+    wide = found.teachers["wide"]
+    assert (wide.model, wide.share, wide.weights, wide.train.epochs) == ("simple/cnn8", 3, "2024", 2)
+    assert wide.train.optimizer.name == "adamw"
+    assert list(found.every_teacher) == ["teacher", "wide"]
+    (tmp_path / "again.yaml").write_text(dump(found))
+    assert load(str(tmp_path / "again.yaml")).teachers == found.teachers
+    made = found.teacher_recipe("wide")
+    assert (made.student.model, made.teachers, made.trainer.epochs) == ("simple/cnn8", {}, 2)
+    assert not load("digits-8x8", [*WIDE, "method=none", "teacher=null"]).teachers
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["teachers.a-b=simple/cnn2"], "words of letters, digits and _, not 'a-b'"),
+        (["teachers.teacher=simple/cnn2"], "not 'teacher'"),
+        (["teachers.wide.shaer=1"], "did you mean 'share'"),
+        (["teachers.wide.share=0"], r"teachers.wide.share"),
+    ],
+)
+def test_what_is_no_teacher_is_one_line(words, line):
+    with pytest.raises(UserError, match=line) as caught:
+        recipe(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_further_teachers_need_a_first():
+    with pytest.raises(UserError, match="teachers are further ones beside teacher"):
+        load("digits-8x8", [*WIDE, "teacher=null", "method=kd"])
+
+
+def test_code_named_by_a_teacher_needs_trust():
+    assert ("teachers.model", "os:system") in list(code_names({"teachers": {"x": {"model": "os:system"}}}))
+
+
+def test_the_students_run_depends_on_every_teacher_and_a_lone_one_counts_as_ever():
+    assert identify(recipe(), {}) == identify(recipe(), {})
+    assert difference(recipe(), recipe("teachers.wide.share=1")) is not None
+    assert difference(recipe(), load("digits-8x8", SHORT)) is not None
+    shares = [load("digits-8x8", [*SHORT, f"teacher.share={n}"]) for n in (1, 2)]
+    assert difference(*shares) is None
+
+
+def test_each_teachers_losses_weigh_by_its_share():
+    torch.manual_seed(0)
+    parts = assemble(recipe("teacher.train=null", "teachers.wide.train=null"))
+    sample = parts.sample(6)
+    distiller, _ = parts.distiller(sample)
+    assert distiller.weights == {"kd_teacher": pytest.approx(0.9 / 4), "kd_wide": pytest.approx(0.9 * 3 / 4)}
+    losses = distiller.eval()(sample)
+    for name, weight in distiller.weights.items():
+        side = parts.teachers[name.removeprefix("kd_")]
+        expected = weight * kl_divergence(losses.output, side.forward(parts.task, sample), 4.0)
+        torch.testing.assert_close(losses[f"{name}.output.kd"], expected)
+    lines = list(parts.account(distiller))
+    assert any("<- teacher output" in line for line in lines)
+    assert any("<- wide output" in line for line in lines)
+
+
+def test_a_run_makes_both_once_tells_them_apart_and_resumes(diffkd, tmp_path):
+    words = ["distill", "digits-8x8", *SHORT, *WIDE, "teachers.wide.train={epochs: 1}"]
+    env = {"DIFFKD_CACHE": str(tmp_path / "cache")}
+    status, out, err = diffkd(*words, "output=a", **env)
+    assert status == 0, err
+    assert len(list((tmp_path / "cache/teachers").glob("*/student"))) == 2
+    assert [line for line in out.splitlines() if "wide" in line and "simple/cnn8" in line], out
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["teacher"]["model"] == "simple/cnn4"
+    assert summary["teachers"]["wide"]["model"] == "simple/cnn8"
+    assert 0 < summary["teachers"]["wide"]["top1"] <= 1
+    assert set(summary["weights"]) == {"kd_teacher", "kd_wide"}
+    assert "simple/cnn8 (" in (tmp_path / "a/run.html").read_text()
+    assert {"kd_teacher.output.kd", "kd_wide.output.kd"} <= RunFolder("a").read_history()[0].keys()
+    assert diffkd("evaluate", "a", **env)[0] == 0
+    again = diffkd(*words, "output=b", "seed=1", "teachers.wide.share=1", **env)
+    assert "training simple/cnn" not in again[1] + again[2]
+    status, out, err = diffkd("check", "digits-8x8", *SHORT, *WIDE, **env)
+    assert status == 0, err
+    assert "wide (frozen)" in out
+    status, _, err = diffkd("visualize", "a", "nothing.png", **env)
+    assert status == 2
+    assert err.count("\n") == 1
