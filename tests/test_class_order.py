@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffkd.data.base import Loader
 from diffkd.errors import UserError
 from diffkd.models.base import build
 from diffkd.models.weights import load_weights, read_weights
+from diffkd.pictures.held import classes_in
+from diffkd.pictures.memory import ArraySplit
 from diffkd.recipe.classes import build_data
 from diffkd.recipe.schema import load
 from picture_cases import paint
@@ -47,7 +50,7 @@ def test_classes_stand_as_the_weights_know_them(numbered, tmp_path, kind):
     place = weights(tmp_path, kind)
     recipe, data = numbered(f"teacher.weights={place}")
     assert list(data.class_names) == NATURAL
-    assert recipe.teacher_recipe().data.options["class_order"] == NATURAL
+    assert recipe.teacher_recipe().data.class_order == NATURAL
     note = "classes are in the order in which teacher.weights know them: 'c2' is class 0, not 'c10'"
     assert note in data.notes
     assert list(numbered(f"student.weights={place}")[1].class_names) == NATURAL
@@ -60,6 +63,26 @@ def test_an_order_of_ones_own_that_the_weights_do_not_know_is_refused_where_it_m
     _, data = numbered(*words, "teacher.train.epochs=1")
     assert data.class_names == ("c10", "c2", "c9")
     assert any("teacher.weights knew the classes in another order" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["read one by one", "in memory"])
+def test_other_sets_than_folders_are_renumbered_with_their_labels(numbered, tmp_path, kept):
+    rows = [f"{name}/{i}.png,{name}" for name in NATURAL for i in range(4)]
+    (tmp_path / "pictures" / "train.csv").write_text("\n".join(["path,label", *rows]))
+    words = ["data.name=table", "data.val_fraction=0.5"] + ["data.image_size=null"] * kept
+    place = weights(tmp_path, "metadata")
+    plain, (recipe, data) = numbered(*words)[1], numbered(*words, f"teacher.weights={place}")
+    assert (plain.class_names, data.class_names) == (("c10", "c2", "c9"), tuple(NATURAL))
+    for before, after in ((plain.train, data.train), (plain.test, data.test)):
+        assert isinstance(after, ArraySplit) == kept
+        new = [NATURAL.index(plain.class_names[label]) for label in classes_in(before).tolist()]
+        assert classes_in(after).tolist() == new
+        seen = next(Loader(after, len(new), shuffle=False).epoch()).targets
+        assert seen.tolist() == new
+    assert numbered(*words, "data.class_order=natural")[1].class_names == tuple(NATURAL)
+    assert recipe.data.class_order == NATURAL
+    with pytest.raises(UserError, match="must name each class once; the classes: 'c10', 'c2', 'c9'"):
+        numbered(*words, "data.class_order=[c2, c9]")
 
 
 def test_weights_that_mean_nothing_are_named(tmp_path):

@@ -15,13 +15,14 @@ from diffkd.batch import Batch
 from diffkd.errors import UserError, told
 from diffkd.names import check_kind, is_path, load_object, load_submodule, options_of, submodules
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Part, Source, shared_files
-from diffkd.pictures.held import classes_in, hold_out_samples, part_of
+from diffkd.pictures.held import can_renumber, classes_in, hold_out_samples, part_of, renumbered
 from diffkd.pictures.loading import BatchedSplit as BatchedSplit
 from diffkd.pictures.loading import Loader as Loader
 from diffkd.pictures.loading import Samples as Samples
 from diffkd.pictures.loading import Split as Split
 from diffkd.pictures.loading import Streamed as Streamed
 from diffkd.pictures.memory import ArraySplit, channel_statistics, some
+from diffkd.pictures.options import natural_key, quoted
 from diffkd.pictures.streams import StreamedPictures
 from diffkd.pictures.unlabelled import seen_alike, unlabelled_files
 from diffkd.pictures.view import TestView
@@ -88,6 +89,35 @@ class Data:
         assert self.val is not None
         note = "the validation samples stand for the test samples, which are not used"
         return replace(self, test=self.val, val=None, notes=(*self.notes, note))
+
+    @property
+    def takes_order(self) -> bool:
+        """Whether its classes can be numbered in another order."""
+        splits = (self.train, self.test, self.val)
+        return all(split is None or can_renumber(split) for split in splits)
+
+    def in_class_order(self, order: Sequence[str]) -> "Data":
+        """The same with its classes numbered in another order.
+
+        Args:
+            order: all their names.
+
+        Raises:
+            UserError: it does not name each class once, or the data set cannot be renumbered.
+
+        >>> import torch
+        >>> split = ArraySplit(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 1]))
+        >>> data = Data(split, split, 2, (1, 8, 8), class_names=("cat", "dog"))
+        >>> data.in_class_order(["dog", "cat"]).train.targets
+        tensor([1, 0, 0])
+        """
+        if sorted(order) != sorted(self.class_names):
+            known = quoted(list(self.class_names)) if self.class_names else "none has a name"
+            raise UserError(f"data.class_order must name each class once; the classes: {known}")
+        places = np.array([list(order).index(name) for name in self.class_names], np.int64)
+        train, test = (renumbered(split, places) for split in (self.train, self.test))
+        val = None if self.val is None else renumbered(self.val, places)
+        return replace(self, train=train, test=test, val=val, class_names=tuple(order))
 
     def limited(self, limit: float) -> "Data":
         """The same with fewer training samples, always the same, of every class alike where known.
@@ -309,6 +339,7 @@ def build(
     limit: float | None = None,
     class_weights: Literal["balanced"] | Sequence[float] | None = None,
     unlabelled: str | None = None,
+    class_order: list[str] | Literal["name", "natural"] | None = None,
 ) -> Data:
     """The data set of a name, a root and options, as `builder` finds it.
 
@@ -322,6 +353,8 @@ def build(
         limit: how many training samples are used, or their share below 1; None for all.
         class_weights: see `Data.weighted`.
         unlabelled: see `Data.with_unlabelled`.
+        class_order: how classes are numbered: by all their names in order, by the alphabet, or by that with
+            numbers in names counting as such; None is the data set's own way.
 
     Raises:
         UserError: it cannot be built.
@@ -329,7 +362,14 @@ def build(
     own = "val_fraction" in options_of(builder(name))
     if own and val_fraction is not None:
         options = options | {"val_fraction": val_fraction}
+    ordered = "class_order" in options_of(builder(name))
+    if class_order is not None and ordered:
+        options = options | {"class_order": class_order}
     data = _built(name, root, options)
+    if class_order is not None and not ordered:
+        if isinstance(class_order, str):
+            class_order = sorted(data.class_names, key=natural_key if class_order == "natural" else str)
+        data = data.in_class_order(class_order)
     if data.val is not None and val_fraction is not None and not own:
         note = "the data set has validation samples of its own: data.val_fraction is not used"
         data = replace(data, notes=(*data.notes, note))

@@ -1,6 +1,5 @@
 """Folders of pictures: one folder a class, split or not; or unlabelled pictures in any folder."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,15 @@ from diffkd.data.base import Data, of_pictures
 from diffkd.errors import UserError
 from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Files, Source, held_out
-from diffkd.pictures.options import class_count, class_notes, data_folder, quoted, same_classes, spread
+from diffkd.pictures.options import (
+    class_count,
+    class_notes,
+    data_folder,
+    natural_key,
+    quoted,
+    same_classes,
+    spread,
+)
 from diffkd.pictures.scan import Scan
 from diffkd.pictures.splits import find_splits, innermost, inside
 
@@ -104,7 +111,7 @@ def _ordered(
             what = f"lacks {quoted(missing)}" if missing else f"has {quoted(extra)} too often"
             raise UserError(f"data.class_order {what}: it must name each class folder of '{folder}' once")
         return tuple(order), ()
-    natural = sorted(names, key=_natural)
+    natural = sorted(names, key=natural_key)
     if order == "natural" or natural == names:
         return tuple(natural), ()
     place = next(place for place, pair in enumerate(zip(names, natural, strict=True)) if pair[0] != pair[1])
@@ -112,16 +119,6 @@ def _ordered(
         f"classes are in the order of the alphabet: '{names[place]}' is class {place}; "
         f"data.class_order=natural counts numbers in names, so that '{natural[place]}' is",
     )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts the numbers in names as numbers.
-
-    >>> sorted(["a10", "a9", "b"], key=_natural)
-    ['a9', 'a10', 'b']
-    """
-    parts = re.split("([0-9]+)", name)
-    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
 
 
 def _folders(scan: Scan) -> dict[str, str]:

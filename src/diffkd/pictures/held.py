@@ -1,5 +1,6 @@
 """Parts of a split: to train on, and held out of training to choose on."""
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from diffkd.batch import Batch
 from diffkd.errors import UserError
+from diffkd.pictures.files import Item, Pictures, Source
 from diffkd.pictures.loading import BatchedSplit, Samples, Split, Streamed
-from diffkd.pictures.memory import hold_out
+from diffkd.pictures.memory import ArraySplit, hold_out
 
 
 class _Some:
@@ -53,6 +55,47 @@ class _SomeBatches:
         """The samples at `indices` `(B,)`, each as it is in the whole."""
         found = self.whole.batch(torch.from_numpy(self.places)[indices.cpu()], seed)
         return found._replace(indices=indices)
+
+
+class Renumbered:
+    """The pictures of a source with other class indices.
+
+    Args:
+        source: the pictures.
+        places: `(K,)`, the new index of each class.
+    """
+
+    def __init__(self, source: Source, places: np.ndarray) -> None:
+        self.source, self._new = source, places
+        found = classes_in(source)
+        self.targets = None if found is None else places[found]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Item:
+        item = self.source[index]
+        return item._replace(target=None if item.target is None else int(self._new[item.target]))
+
+
+def can_renumber(split: Split) -> bool:
+    """Whether a split's class indices are the library's own to change."""
+    return type(split) in (ArraySplit, Pictures)
+
+
+def renumbered(split: Split, places: np.ndarray) -> Split:
+    """The samples of a split with other class indices; `places` `(K,)` has the new one of each class.
+
+    Raises:
+        UserError: the split does not say how.
+    """
+    if isinstance(split, ArraySplit) and can_renumber(split):
+        return split.renumbered(places)
+    if not isinstance(split, Pictures) or not can_renumber(split):
+        raise UserError("data.class_order: this data set's classes have the order that they have")
+    found = copy(split)
+    found.source = Renumbered(split.source, places)
+    return found
 
 
 def part_of(split: Split, places: np.ndarray, *, training: bool) -> Split:

@@ -98,6 +98,13 @@ class ArraySplit:
         split.targets = torch.full((len(images),), UNLABELLED)
         return split
 
+    def renumbered(self, places: np.ndarray) -> "ArraySplit":
+        """The same with other class indices; `places` `(K,)` has the new one of each class."""
+        split = copy.copy(self)
+        if self.targets is not None:
+            split.targets = torch.from_numpy(places)[self.targets.long()]
+        return split
+
     def joined(self, other: "ArraySplit") -> "ArraySplit":
         """These samples, then the other's, which is augmented alike."""
         split = copy.copy(self)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -194,3 +195,13 @@ def quoted(names: Sequence[str], limit: int = 3) -> str:
     """
     shown = ", ".join(f"'{name}'" for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """A key that sorts the numbers in names as numbers.
+
+    >>> sorted(["a10", "a9", "b"], key=natural_key)
+    ['a9', 'a10', 'b']
+    """
+    parts = re.split("([0-9]+)", name)
+    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]

@@ -27,13 +27,12 @@ def build_data(recipe: Recipe, *, unlabelled: bool = True) -> tuple[Recipe, Data
             continue
         place = [a == b for a, b in zip(known, data.class_names, strict=True)].index(False)
         said = f"'{known[place]}' is class {place}, not '{data.class_names[place]}'"
-        free = "class_order" in options_of(builder(recipe.data.name))
-        if free and "class_order" not in recipe.data.options:
-            recipe = _in_order(recipe, known)
-            data = _built(recipe, unlabelled)
+        free = recipe.data.class_order is None
+        if free and (ordered := _in_order(recipe, data, known, unlabelled)) is not None:
+            recipe, data = ordered
             note = f"classes are in the order in which {section}.weights know them: {said}"
         elif isinstance(side, TeacherRecipe) and side.train is None:
-            way = "leave out data.class_order" if free else "bring the data's classes in that order"
+            way = "bring the data's classes in that order" if free else "leave out data.class_order"
             raise UserError(f"{section}.weights know the classes in another order: {said}; {way}")
         else:
             note = f"{section}.weights knew the classes in another order: {said}"
@@ -51,9 +50,15 @@ def _told(recipe: Recipe) -> Iterator[tuple[str, ModelRecipe, tuple[str, ...]]]:
                 yield section, side, known
 
 
-def _in_order(recipe: Recipe, classes: tuple[str, ...]) -> Recipe:
-    content = recipe.data.model_dump() | {"class_order": list(classes)}
-    return recipe.model_copy(update={"data": type(recipe.data)(**content)})
+def _in_order(
+    recipe: Recipe, data: Data, classes: tuple[str, ...], unlabelled: bool
+) -> tuple[Recipe, Data] | None:
+    """Recipe and data with their classes in an order; None where the data set has its own."""
+    if not ("class_order" in options_of(builder(recipe.data.name)) or data.takes_order):
+        return None
+    section = recipe.data.model_copy(update={"class_order": list(classes)})
+    recipe = recipe.model_copy(update={"data": section})
+    return recipe, _built(recipe, unlabelled)
 
 
 def _built(recipe: Recipe, unlabelled: bool) -> Data:
@@ -67,5 +72,6 @@ def _built(recipe: Recipe, unlabelled: bool) -> Data:
             test_on=said.test_on,
             limit=said.limit,
             class_weights=said.class_weights,
+            class_order=said.class_order,
             unlabelled=said.unlabelled if unlabelled else None,
         )

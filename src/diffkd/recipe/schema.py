@@ -58,6 +58,9 @@ class DataRecipe(OpenSection):
         limit: how many training samples are used, or their share below 1, of every class alike: to try
             whether a run works.
         class_weights: of each class in the loss, in their order; `balanced` makes rare ones count as much.
+        class_order: how classes that have names are numbered: `name`, as the alphabet has them (1, 10, 2);
+            `natural`, numbers in names counting as such (1, 2, 10); or all names in their order. As the data
+            set has them if not given, or as weights know them.
         unlabelled: a folder of pictures without labels, which methods learn from beside the training samples.
             An epoch has all of both; every batch has its share of labelled ones.
         mixup, cutmix: parameters of their Beta distributions; 0 leaves them out. The share and the kind
@@ -74,6 +77,7 @@ class DataRecipe(OpenSection):
     test_on: Literal["test", "val"] = "test"
     limit: Annotated[float, Field(gt=0, lt=1)] | Count | None = None
     class_weights: list[NotNegative] | Literal["balanced"] | None = None
+    class_order: list[str] | Literal["name", "natural"] | None = None
     unlabelled: str | None = None
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0

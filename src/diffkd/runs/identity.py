@@ -91,6 +91,8 @@ def _determining(recipe: Recipe) -> dict[str, Any]:
     for limit in ("patience", "max_minutes"):  # none is as if there were no such key
         if content["trainer"][limit] is None:
             del content["trainer"][limit]
+    if content["data"]["class_order"] is None:
+        del content["data"]["class_order"]
     teachers = content.pop("teachers")  # as if there were no such key where there are none
     content |= {f"teachers.{name}": told for name, told in teachers.items()}
     if not teachers and content["teacher"] is not None:
