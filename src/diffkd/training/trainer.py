@@ -107,8 +107,8 @@ class Trainer:
         if recipe.trainer.compile:
             # A model runs with the taps' hooks in training and without them else: two graphs.
             torch._dynamo.config.skip_nnmodule_hook_guards = False
-            taught = self.distiller.methods and [side.model for side in parts.teachers.values()]
-            for module in (parts.student.model, *(taught or ()), *self.distiller.methods.values()):
+            taught = (side.model for side in parts.teachers.values())
+            for module in (parts.student.model, *taught, *self.distiller.methods.values()):
                 module.compile()
         for side in parts.teachers.values():
             side.to(fabric.device)
@@ -184,11 +184,9 @@ class Trainer:
 
     def _judge_teachers(self) -> dict[str, dict[str, float]]:
         """The teachers' own figures by name; warns where one looks untrained."""
-        parts, found = self.parts, dict[str, dict[str, float]]()
-        for name, teacher in parts.teachers.items():
-            found[name] = {}
-            if not parts.teacher_answers:
-                continue
+        parts = self.parts
+        found: dict[str, dict[str, float]] = {name: {} for name in parts.teachers}
+        for name, teacher in parts.teachers.items() if parts.teacher_answers else ():
             figures = teacher_figures(parts, name, self.fabric, partial(self._judge, teacher))
             score, chance = figures[parts.task.metric], parts.task.chance
             if chance is not None and near_chance(score, chance, len(parts.data.test)):
