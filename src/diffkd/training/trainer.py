@@ -98,17 +98,16 @@ class Trainer:
         self.batches_per_epoch = steps * recipe.trainer.accumulate
         step = parts.step(self.distiller)
         alone = recipe.data.batch_size == fabric.world_size  # one picture a device
-        silent = try_step(step, parts.sample(1 if alone else 2), parts.student.name)
-        if silent:
+        if silent := try_step(step, parts.sample(1 if alone else 2), parts.student.name):
             self.warnings.append(expect_unused(fabric, silent))
         if recipe.trainer.channels_last:
-            beside = (held.model for held in (self.ema, *parts.teachers.values()) if held is not None)
-            as_channels_last(step, *beside)
+            held = (self.ema, *parts.teachers.values())
+            as_channels_last(step, *(each.model for each in held if each is not None))
         if recipe.trainer.compile:
             # A model runs with the taps' hooks in training and without them else: two graphs.
             torch._dynamo.config.skip_nnmodule_hook_guards = False
-            taught = (side.model for side in parts.teachers.values())
-            for module in (parts.student.model, *taught, *self.distiller.methods.values()):
+            models = (side.model for side in (parts.student, *parts.teachers.values()))
+            for module in (*models, *self.distiller.methods.values()):
                 module.compile()
         for side in parts.teachers.values():
             side.to(fabric.device)
