@@ -1,5 +1,6 @@
 """The order of classes: as weights know it, from whatever describes them."""
 
+import argparse
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from diffkd.data.base import Loader
 from diffkd.errors import UserError
 from diffkd.models.base import build
-from diffkd.models.weights import load_weights, read_weights
+from diffkd.models.weights import load_weights, read_weights, told_classes
 from diffkd.pictures.held import classes_in
 from diffkd.pictures.memory import ArraySplit
 from diffkd.recipe.classes import build_data
@@ -54,6 +55,23 @@ def test_classes_stand_as_the_weights_know_them(numbered, tmp_path, kind):
     note = "classes are in the order in which teacher.weights know them: 'c2' is class 0, not 'c10'"
     assert note in data.notes
     assert list(numbered(f"student.weights={place}")[1].class_names) == NATURAL
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"class_to_idx": {name: i for i, name in enumerate(NATURAL)}},
+        {"idx_to_class": dict(enumerate(NATURAL))},
+        {"meta": {"dataset_meta": {"CLASSES": tuple(NATURAL)}, "epoch": 3}},
+        {"args": argparse.Namespace(names=NATURAL)},
+    ],
+)
+def test_checkpoints_say_their_classes(tmp_path, said):
+    torch.save({"state_dict": {"x": torch.zeros(1)}, **said}, tmp_path / "a.pth")
+    assert told_classes(tmp_path / "a.pth") == tuple(NATURAL)
+    for odd in ({"classes": 10}, {"class_to_idx": {"a": 1, "b": 3}}, {"names": [1, 2]}):
+        torch.save({"state_dict": {"x": torch.zeros(1)}, **odd}, tmp_path / "a.pth")
+        assert told_classes(tmp_path / "a.pth") == ()
 
 
 def test_an_order_of_ones_own_that_the_weights_do_not_know_is_refused_where_it_matters(numbered, tmp_path):

@@ -165,22 +165,48 @@ def _config_of(source: str | Path) -> dict[str, Any]:
 def told_classes(source: str | Path) -> tuple[str, ...]:
     """Names of the classes in their order, as weights' own description says; empty where there is none.
 
-    That is the `config.json` beside them (of a student trained here, of timm or of transformers), or the
-    entry `class_names` of a `.safetensors` file's metadata, a list in JSON.
+    That is the `config.json` beside them (of a student trained here, of timm or of transformers), the entry
+    `class_names` of a `.safetensors` file's metadata, a list in JSON, or what a checkpoint of PyTorch says
+    beside its weights: `classes`, `class_to_idx` or the like, in `meta` perhaps, as mmengine writes it.
     """
     try:
         told = _config_of(source)
     except UserError:  # of weights that are not there
         told = {}
-    published = told.get("pretrained_cfg")
-    inner = published if isinstance(published, dict) else {}
-    labels = told.get("id2label")
-    for names in (told.get("class_names"), told.get("label_names"), inner.get("label_names")):
-        if isinstance(names, list) and names:
-            return tuple(map(str, names))
-    if isinstance(labels, dict) and labels and all(str(key).isdecimal() for key in labels):
-        return tuple(str(labels[key]) for key in sorted(labels, key=int))
-    return _in_metadata(Path(source))
+    return _names_in(told) or _in_metadata(Path(source)) or _in_checkpoint(Path(source))
+
+
+_NAMED = ("class_names", "label_names", "classes", "CLASSES", "categories", "names")
+_NUMBERED = ("id2label", "idx_to_class", "names")  # number: name
+_NUMBERS = ("class_to_idx", "label2id")  # name: number
+
+
+def _names_in(told: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Names of classes in a description, or in a part of it."""
+    for key in _NAMED:
+        names = told.get(key)
+        if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    pairs = [(k, v) for key in _NUMBERED if isinstance(part := told.get(key), dict) for k, v in part.items()]
+    pairs = pairs or [
+        (v, k) for key in _NUMBERS if isinstance(part := told.get(key), dict) for k, v in part.items()
+    ]
+    names = {int(number): str(name) for number, name in pairs if str(number).isdecimal()}
+    if names and sorted(names) == list(range(len(pairs))):
+        return tuple(names[i] for i in range(len(names)))
+    inner = (told.get(key) for key in ("pretrained_cfg", "meta", "dataset_meta", "hyper_parameters", "args"))
+    parts = (part if isinstance(part, dict) else getattr(part, "__dict__", None) for part in inner)
+    return next((found for part in parts if part and (found := _names_in(part))), ())
+
+
+def _in_checkpoint(place: Path) -> tuple[str, ...]:
+    if place.suffix == ".safetensors" or not place.is_file():
+        return ()
+    try:
+        content = read_tensors(place)
+    except UserError:  # it will be named where its tensors are read
+        return ()
+    return _names_in(content) if isinstance(content, dict) else ()
 
 
 def _in_metadata(place: Path) -> tuple[str, ...]:
