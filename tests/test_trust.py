@@ -1,5 +1,8 @@
 """Code that a file names runs only where its reader says so; what is named is looked at before."""
 
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +14,7 @@ from diffkd.data.base import builder
 from diffkd.models.base import build
 from diffkd.recipe.schema import load
 
+CHROMIUM = shutil.which("chromium")
 EVIL = {
     "student.model 'os:system'": "student: {model: 'os:system', options: {command: touch ran}}",
     "data.name 'shutil:rmtree'": "data: {name: 'shutil:rmtree', root: keep}",
@@ -115,6 +119,38 @@ def test_odd_names_are_shown_as_they_are(hostile, diffkd):
     status, _, err = diffkd("evaluate", "no\x1b[31m\nrun")
     assert (status, err.count("\n")) == (2, 1)
     assert "\x1b" not in err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open the pages")
+def test_no_page_runs_what_stands_in_names(hostile, diffkd):
+    """Of classes, pictures and the run; a browser would change the page's title."""
+    kinds = ("<svg onload=document.title='RAN'>", "\"onmouseover=document.title='RAN' x=\"")
+    for split, kind in ((split, kind) for split in ("train", "val") for kind in kinds):
+        (hostile / "data" / split / kind).mkdir(parents=True)
+        for i in range(4):
+            picture = hostile / "data" / split / kind / f"{i}<img src=x onerror=document.title='RAN'>.png"
+            Image.new("RGB", (16, 16), (60 * i, 90, 90)).save(picture)
+    name = "<img src=x onerror=document.title='RAN'>"
+    words = [
+        "data.root=data",
+        "data.image_size=16",
+        "data.workers=0",
+        "data.batch_size=4",
+        "trainer.max_steps=1",
+    ]
+    words += ["teacher=simple/cnn4", "student=simple/cnn4", "teacher.train=null"]
+    assert diffkd("distill", "folder", *words, f"output={name}")[0] == 0
+    assert diffkd("visualize", name, f"data/val/{kinds[0]}", "output=shown")[0] == 0
+    for page in (hostile / name / "run.html", hostile / "shown/index.html"):
+        shutil.copy(page, hostile / "page.html")
+        how = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+        found = subprocess.run(
+            [CHROMIUM, *how, (hostile / "page.html").as_uri()], capture_output=True, text=True, timeout=60
+        ).stdout
+        title = re.search("<title>(.*?)</title>", found, re.DOTALL)
+        assert title is not None
+        assert title[1].strip() not in ("", "RAN")
+        assert not re.search("<(img|svg)[^>]* on(load|error)=", found)
 
 
 def test_evaluate_takes_other_data_of_the_same_classes(hostile, diffkd):

@@ -10,6 +10,7 @@ from diffkd.report.evaluation import LastEvaluation
 from diffkd.report.published import published_line
 from diffkd.report.run_page import finish_page
 from diffkd.report.summary import NARROW, summary_table
+from diffkd.runs.disk import saying_where
 from diffkd.runs.folder import RunFolder
 from diffkd.training.control import control_hint, find_control
 from diffkd.training.devices import is_first
@@ -28,8 +29,9 @@ def finish(folder: RunFolder, last: LastEvaluation | None = None, *, quiet: bool
     if not is_first():
         return
     summary = folder.read_summary()
-    draw_curves(folder.read_history(), summary, folder.path / "curves.png")
-    written = finish_page(folder, last)
+    with saying_where(folder.path):
+        draw_curves(folder.read_history(), summary, folder.path / "curves.png")
+        written = finish_page(folder, last)
     if quiet:
         return
     console = Console(highlight=False, markup=False, width=None if Console().is_terminal else 120)
