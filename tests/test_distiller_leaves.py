@@ -135,6 +135,7 @@ class My(Method):
         super().__init__()
     def forward(self, student, teacher, batch):
         return {"kd": torch.tensor(%s)}
+class task(My): pass
 """
     names = []
     for name, value in (("a", 1.0), ("b", 2.0), ("c", 4.0)):
@@ -142,3 +143,6 @@ class My(Method):
         names.append(f"{tmp_path}/{name}.py:My")
     losses = Distiller(net(4), net(8), TAPS, dict.fromkeys(names, 1.0), IMAGES)(IMAGES)
     assert {k: float(v) for k, v in losses.items()} == {"My.kd": 1.0, "My_2.kd": 2.0, "My_3.kd": 4.0}
+    # `task` is what supervised losses are called
+    losses = Distiller(net(4), net(8), TAPS, {names[0].replace(":My", ":task"): 1.0}, IMAGES)(IMAGES)
+    assert list(losses) == ["task_2.kd"]

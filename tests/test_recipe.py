@@ -299,6 +299,7 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         "? {a: 1}\n: 2",
         "a: !!python/name:os.system",
         "a: &a [*a]",
+        'output: "a\\0b"',
     ],
 )
 def test_odd_yaml_is_one_line(tmp_path, text):

@@ -97,7 +97,7 @@ def chosen_methods(methods: str | Mapping[str, MethodChoice]) -> dict[str, Chose
     for name, choice in methods.items():
         stem = key = name.rpartition(":")[2].replace(".", "_")
         count = 1
-        while key in found:  # of another file
+        while key in found or key == "task":  # of another file; or what supervised losses are called
             count += 1
             key = f"{stem}_{count}"
         found[key] = _chosen(name, choice)

@@ -85,6 +85,8 @@ def _count(value: Any, depth: int, seen: int) -> int:
         raise yaml.YAMLError("nested too deep")
     if seen > MOST_VALUES:
         raise yaml.YAMLError("it stands for more values than a recipe may hold")
+    if isinstance(value, str) and "\0" in value:  # no file's name can have one
+        raise yaml.YAMLError("a text with a null character")
     inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value
     if isinstance(inside, list | tuple | set):
         for item in inside:
