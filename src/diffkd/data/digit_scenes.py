@@ -11,6 +11,7 @@ from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.pictures.arrays import check_padding
 from diffkd.pictures.memory import ArraySplit, channel_statistics
+from diffkd.pictures.real_digits import read_digits
 from diffkd.pictures.scenes import SceneOptions, Scenes, compose
 
 Kind = Literal["classification", "segmentation", "detection"]
@@ -93,15 +94,9 @@ def build(
 
 def _stocks() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Digits `(M, 8, 8)`, 0 to 1, and which they are, to train on and to test on."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    found = load_digits()
-    places = train_test_split(
-        np.arange(len(found.target)), test_size=600, stratify=found.target, random_state=0
-    )
+    found = read_digits(600)
     images = torch.from_numpy(found.images / 16).float()
-    labels = torch.from_numpy(found.target.astype(np.int64))
+    labels, places = torch.from_numpy(found.labels), (found.train, found.test)
     train, test = ((images[torch.from_numpy(p)], labels[torch.from_numpy(p)]) for p in places)
     return train, test
 

@@ -7,9 +7,9 @@ from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.pictures.arrays import check_padding
 from diffkd.pictures.memory import ArraySplit, channel_statistics
+from diffkd.pictures.real_digits import read_digits
 
 _TEST_SAMPLES = 360
-_SPLIT_SEED = 0
 
 
 def build(root: str | None = None, *, shift: int = 1) -> Data:
@@ -28,21 +28,15 @@ def build(root: str | None = None, *, shift: int = 1) -> Data:
     >>> len(data.train), len(data.test), data.image_shape
     (1437, 360, (1, 8, 8))
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     if root is not None:
         raise UserError(f"data 'digits' comes with scikit-learn; leave out data.root='{root}'")
     if shift < 0:
         raise UserError(f"data.shift={shift} is negative; give 0 or more pixels")
     check_padding("shift", shift, (8, 8))
-    digits = load_digits()
-    places = np.arange(len(digits.target))
-    train, test = train_test_split(
-        places, test_size=_TEST_SAMPLES, stratify=digits.target, random_state=_SPLIT_SEED
-    )
+    digits = read_digits(_TEST_SAMPLES)
+    train, test = digits.train, digits.test
     images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
-    targets = torch.from_numpy(digits.target.astype(np.int64))
+    targets = torch.from_numpy(digits.labels)
     mean, std = channel_statistics(images[train])
     return Data(
         train=ArraySplit(images[train], targets[train], crop_padding=shift),

@@ -31,8 +31,9 @@ class CRD(Method):
 
     The other samples are drawn evenly from the whole data set; the published runs on CIFAR-100 draw
     them from other classes. Those have the defaults here, and the weight 0.8. The memories take
-    8 * N * width bytes, and each step a copy of them. Among several processes DDP hands on the first
-    one's, which sees only its share of the samples: best trained on one device.
+    8 * N * width bytes (1.3 GB for ImageNet), in every checkpoint too, and each step a copy of them. Among
+    several processes DDP hands on the first one's, which sees only its share of the samples: best trained on
+    one device.
 
     Use it for classification on one device, where vectors of all training samples fit into memory.
 

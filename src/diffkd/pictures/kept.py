@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Kept:
         try:
             with np.load(self.place, allow_pickle=False) as found:
                 return dict(found)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
             return {}
 
     def save(self, arrays: Mapping[str, np.ndarray]) -> None:
