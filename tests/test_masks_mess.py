@@ -25,6 +25,20 @@ def test_unreadable_pictures_are_named_skipped_and_shown_beforehand(tmp_path):
         _ = build(str(root)).train[1]
 
 
+def test_a_picture_that_is_none_is_put_up_with_on_request(tmp_path):
+    root = street(tmp_path)
+    for name, content in (("1", b"no picture"), ("2", None)):
+        place = root / "images" / "train" / f"{name}.jpg"
+        Image.open(place).save(place.with_suffix(".png"))
+        place.unlink()
+        whole = place.with_suffix(".png").read_bytes()
+        place.with_suffix(".png").write_bytes(content or whole[:-200])
+    with pytest.raises(UserError, match=r"1\.png': it is no picture"):
+        build(str(root))
+    lines = build(str(root), max_corrupt=2).train.unreadable(decoded=True)
+    assert [line.split("'")[1][-5:] for line in lines] == ["1.png", "2.png"]
+
+
 def test_masks_of_negative_values_are_named(tmp_path):
     root = street(tmp_path)
     (root / "masks" / "train" / "1.png").unlink()

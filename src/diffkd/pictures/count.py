@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from diffkd.errors import UserError
-from diffkd.pictures.decoding import upright_size
+from diffkd.pictures.decoding import header
 from diffkd.pictures.kept import Kept
 from diffkd.pictures.progress import watched
 from diffkd.pictures.tables import Counts
@@ -62,10 +62,14 @@ class Count(NamedTuple):
     size: tuple[int, int]
 
 
-def count(source: Masked) -> list[Count]:
+def count(source: Masked, strict: bool = True) -> list[Count]:
     """Counts every mask, and compares its size with that of its picture.
 
     What took a while is kept: a mask is read again where it or its picture has changed in size or time.
+
+    Args:
+        source: pictures and masks.
+        strict: refuses a picture that has no readable header; else its size is not compared.
 
     Raises:
         UserError: a mask cannot be read, or its size is not its picture's.
@@ -76,7 +80,7 @@ def count(source: Masked) -> list[Count]:
     signs = signs.reshape(-1, _SIGNS)
     known = _unpacked(kept.load(), signs)
     new, begin = [i for i, found in enumerate(known) if found is None], time.perf_counter()
-    for i, found in zip(new, _read(source, new), strict=True):
+    for i, found in zip(new, _read(source, new, strict), strict=True):
         known[i] = found
     counts = [found for found in known if found is not None]
     if time.perf_counter() - begin > _WORTH:
@@ -84,8 +88,8 @@ def count(source: Masked) -> list[Count]:
     return counts
 
 
-def _read(source: Masked, places: Sequence[int]) -> Iterator[Count]:
-    look: Callable[[int], Count] = lambda index: _count_one(source, index)  # noqa: E731
+def _read(source: Masked, places: Sequence[int], strict: bool) -> Iterator[Count]:
+    look: Callable[[int], Count] = lambda index: _count_one(source, index, strict)  # noqa: E731
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             yield from watched(pool.map(look, places), len(places), "reading masks")
@@ -94,10 +98,16 @@ def _read(source: Masked, places: Sequence[int]) -> Iterator[Count]:
             raise
 
 
-def _count_one(source: Masked, index: int) -> Count:
+def _count_one(source: Masked, index: int, strict: bool) -> Count:
     codes = source.codes(index)
     picture, size = source.picture(index), (codes.shape[0], codes.shape[1])
-    if (found := upright_size(picture)) != size:
+    try:
+        found = header(picture, str(picture))[:2]
+    except UserError:
+        if strict:
+            raise
+        found = size  # it will be skipped where it is wanted
+    if found != size:
         ours, theirs = (f"{height}x{width}" for height, width in (found, size))
         raise UserError(f"'{picture}' has {ours} pixels, its mask '{source.place(index)}' {theirs}")
     if codes.max(initial=0) < _SMALL:

@@ -278,21 +278,6 @@ def header(picture: Path | bytes | Image.Image, name: str) -> Header:
         raise unreadable(name, error) from error
 
 
-def upright_size(place: Path) -> tuple[int, int]:
-    """`(H, W)` of a picture's file, upright as its EXIF orientation says, from its first bytes.
-
-    Raises:
-        UserError: it is no picture.
-    """
-    try:
-        _check_regular(place)
-        with _open(place) as found:
-            lies = found.getexif().get(_ORIENTATION, 1) in LYING
-            return (found.width, found.height) if lies else (found.height, found.width)
-    except Exception as error:
-        raise unreadable(str(place), error) from error
-
-
 def loses(picture: Image.Image, place: Path) -> str | None:
     """What an opened picture is where its values are not exactly those that were saved; else None."""
     if picture.format == "JPEG":

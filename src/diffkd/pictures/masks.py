@@ -289,7 +289,7 @@ def masked_splits(
     Raises:
         UserError: a file is damaged, sizes differ, or a mask holds a code that means nothing.
     """
-    counted = [count(source) for source in (train, test)]
+    counted = [count(source, strict=not options.max_corrupt) for source in (train, test)]
     places = [source.place(i) for source in (train, test) for i in range(len(source))]
     counts = [found.pixels for split in counted for found in split]
     table, notes = settle(names, codes, counts, places, ignore)
