@@ -152,6 +152,7 @@ def damage_tensors(folder):
         lambda folder: (folder / "student/model.safetensors").unlink(),
         lambda folder: (folder / "summary.json").write_text("{"),
         lambda folder: (folder / "recipe.yaml").write_text("a: [b"),
+        lambda folder: (shutil.rmtree(folder), folder.write_text("a file")),
     ],
 )
 def test_a_damaged_teacher_is_made_again(harm, tiny, diffkd, tmp_path, monkeypatch):

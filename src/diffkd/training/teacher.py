@@ -97,6 +97,8 @@ def _serves(folder: RunFolder, wanted: Recipe, identity: Identity, reporter: Rep
     if damage is not None:
         reporter.note(f"teacher: {damage}; it is made again")
         shutil.rmtree(folder.path, ignore_errors=True)
+        if folder.path.is_file():
+            folder.path.unlink()
     return damage is None
 
 
