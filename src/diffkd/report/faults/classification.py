@@ -40,6 +40,7 @@ class ClassAccount(Account):
         assert batch.indices is not None
         truth = batch.targets.argmax(1) if batch.targets.dim() == 2 else batch.targets
         sure, answer = output.float().softmax(1).max(1)
+        sure = sure.nan_to_num(0)  # of a student that has gone astray
         rows = torch.stack(
             [batch.indices.to(truth.device).double(), truth.double(), answer.double(), sure.double()]
         )
