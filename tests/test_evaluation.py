@@ -46,17 +46,18 @@ def test_the_last_evaluation_tells_what_another_one_would(run):
 
 
 def test_other_splits_have_an_account_of_their_own(run):
-    page = (run / "run.html").read_bytes()
+    own = (run / "evaluation/figures.json").read_bytes()
     for split, count in (("train", 1295), ("val", 142)):
         said = list(evaluate_run(str(run), [f"split={split}", "which=best"]))
-        told = json.loads((run / f"evaluation-{split}/figures.json").read_text())
+        told = json.loads((run / f"evaluation-best-{split}/figures.json").read_text())
         assert (told["split"], told["student"], told["pictures"]) == (split, "best", count)
         assert said[1] == f"top1 {told['figures']['top1']!r} ({100 * told['figures']['top1']:.2f} %)"
-        assert said[-1] == f"where it errs: {run / f'evaluation-{split}'}"
+        assert said[-2] == f"where it errs: {run / f'evaluation-best-{split}'}"
+        assert f'<a href="evaluation-best-{split}/classes.csv">' in (run / "run.html").read_text()
     history = RunFolder(run).read_history()
     assert told["figures"]["top1"] == max(row["val_top1"] for row in history)
     assert said[0] == "the validation samples stand for the test samples, which are not used"
-    assert (run / "run.html").read_bytes() == page
+    assert (run / "evaluation/figures.json").read_bytes() == own
     with pytest.raises(UserError, match="split=tset: needs test, val or train"):
         next(evaluate_run(str(run), ["split=tset"]))
 
@@ -112,7 +113,10 @@ def test_other_data_are_told_of_and_go_elsewhere_on_request(run, tmp_path):
     told = json.loads((tmp_path / "found/figures.json").read_text())
     assert (told["overrides"], told["pictures"]) == (words, 20)
     assert said[0].startswith(f"top1 {told['figures']['top1']!r} ")
-    assert not any(line.startswith("page") for line in said)
+    assert not any("recorded" in line or line.startswith("page") for line in said)
+    *_, where, page = evaluate_run(str(run), words)
+    assert (where, page) == (f"where it errs: {run / 'evaluation-photos'}", f"page: {run / 'run.html'}")
+    assert "20 pictures, with data=folder" in (run / "run.html").read_text()
     with pytest.raises(UserError, match=r"evaluate takes data\.KEY"):
         next(evaluate_run(str(run), ["seed=1"]))
 

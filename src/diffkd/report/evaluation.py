@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,13 +105,13 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
     Where it errs is written to `evaluation/` in the run folder, and shown on the run's page:
     `figures.json` with all figures, `classes.csv`, the confusion matrix as `confusion.csv` and
     `confusion.png`, `reliability.png` (classification), and `worst.png`, the most confident errors or the
-    worst pictures.
+    worst pictures. On other data, of another split or of the best epoch's student it goes to a folder of
+    its own beside that, `evaluation-photos/`, which the page links to.
 
     Args:
         path: a run folder.
-        words: `data.root=...` and other `data.` and `task.` keys, `split=train` or `val`, whose account goes
-            to a folder of its own, `which=best`, `output=FOLDER`, `trainer.threads`, and `trust=true` for a
-            run of code that the run folder names.
+        words: `data.root=...` and other `data.` and `task.` keys, `split=train` or `val`, `which=best`,
+            `output=FOLDER`, `trainer.threads`, and `trust=true` for a run of code that the run folder names.
 
     Raises:
         UserError: the folder holds no finished run, its student is damaged, or the data do not fit it.
@@ -137,13 +138,13 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
     for name, figure in found.figures.scalars.items():
         recorded = found.recorded.get(name)
         agrees = ", as recorded" if figure == recorded else f", recorded: {recorded!r}"
-        yield f"{name} {figure!r} ({percent(figure)}{agrees if split == 'test' else ''})"
+        yield f"{name} {figure!r} ({percent(figure)}{agrees if found.recorded else ''})"
     if any(word.startswith(("data.root", "data=")) for word in overrides):
         yield from (f"data: {found.parts.data.summary}", *found.parts.data.notes)
-    place = Path(told["output"]) if told["output"] else evaluation_folder(folder, split)
+    place = Path(told["output"]) if told["output"] else evaluation_folder(folder, found)
     write_evaluation(found, place)
     yield f"where it errs: {place}"
-    if not told["output"] and split == "test":
+    if not told["output"]:
         yield f"page: {write_run_page(folder)}"
 
 
@@ -200,7 +201,8 @@ def measure(
 
         figures = evaluate(side.to(device), parts.task, loader, teacher, show, recipe.trainer.precision)
     loader.close()
-    recorded = student.config.get("figures", {}) if split == "test" else {}
+    own = split == "test" and not _changes(words)
+    recorded = student.config.get("figures", {}) if own else {}
     return Evaluation(summary, tuple(words), parts, recorded, figures, account, split, which)
 
 
@@ -229,9 +231,21 @@ class LastEvaluation:
         return Evaluation(summary, (), self._parts, figures.scalars, figures, self._account)
 
 
-def evaluation_folder(folder: RunFolder, split: str) -> Path:
-    """Where an account goes: what the run's page shows is of the test data."""
-    return folder.path / (FOLDER if split == "test" else f"{FOLDER}-{split}")
+def evaluation_folder(folder: RunFolder, found: Evaluation) -> Path:
+    """Where an account goes: one folder for the run's own test data, others for what else was looked at."""
+    changes = _changes(found.words)
+    roots = [Path(value).name for key, value in changes if key == "data.root"]
+    told = ["best"] if found.which == "best" else []
+    told += [re.sub(r"[^\w.-]+", "-", roots[-1]) if roots else "changed"] if changes else []
+    told += [found.split] if found.split != "test" else []
+    return folder.path / "-".join([FOLDER, *told])
+
+
+def _changes(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and values of the overrides that make the data or the task others than the run's own."""
+    pairs = [(key, value) for key, _, value in (word.partition("=") for word in words)]
+    same = ("data.workers", "data.eval_batch_size", "trainer.threads", "trust")
+    return [pair for pair in pairs if pair[0] not in same]
 
 
 def _at_levels(data: Data, levels: tuple[int, int] | None) -> Data:

@@ -98,7 +98,7 @@ class Run:
         """
         folder = RunFolder(self.folder)
         found = measure(folder, list(words(overrides)), trust=self.trust, which=which, split=split)
-        write_evaluation(found, Path(output) if output else evaluation_folder(folder, split))
+        write_evaluation(found, Path(output) if output else evaluation_folder(folder, found))
         return found.scalars
 
     def export(self, to: Format = "onnx", **options: Any) -> Path:

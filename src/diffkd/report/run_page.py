@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from diffkd.errors import UserError, first_line
 from diffkd.report.comparison import FinishedRun, compare_runs
@@ -79,6 +80,7 @@ def _sections(folder: RunFolder, summary: Mapping[str, Any], control: RunFolder 
         deck = "The figures that the literature gives for this pair of models, beside those of this run."
         yield _section("Published and measured", _table(rows), deck)
     yield from _errors(folder)
+    yield from _elsewhere(folder)
     if (folder.path / "denoising" / "index.html").is_file():
         link = '<p><a href="denoising/index.html">The feature on its way through the denoising</a></p>'
         yield _section("Denoising", link)
@@ -119,17 +121,7 @@ def _errors(folder: RunFolder) -> Iterator[str]:
         told = read_json(place / "figures.json")
     except UserError:
         return
-    overrides = told.get("overrides") or []
-    words = ", with " + " ".join(overrides) if overrides else ""
-    words += ", the best epoch's student" * (told.get("student") == "best")
-    parts = [f"{told['pictures']:,} test pictures{words}"]
-    parts += [f"{name} {percent(value)}" for name, value in told["figures"].items()]
-    links = " ".join(
-        f'<a href="{FOLDER}/{file.name}">{file.name}</a>'
-        for file in sorted(place.iterdir())
-        if file.suffix in (".csv", ".json")
-    )
-    inside = [f'<p class="deck">{text("; ".join(parts))}. {links}</p>', *_pictures(place, told)]
+    inside = [_account(place, told), *_pictures(place, told)]
     for name, title in (("classes", "Each class"), ("sizes", "By size"), ("confused", "Taken for another")):
         rows = told.get(name) or []
         if rows:
@@ -137,6 +129,34 @@ def _errors(folder: RunFolder) -> Iterator[str]:
             if len(rows) > _ROWS:
                 inside.append(f"<p class='deck'>and {len(rows) - _ROWS} more in {name}.csv</p>")
     yield f'<section class="faults"><h2>Where it errs</h2>{"".join(inside)}</section>'
+
+
+def _elsewhere(folder: RunFolder) -> Iterator[str]:
+    """What `evaluate` found on other data, other splits or of the best epoch's student."""
+    inside = []
+    for place in sorted(folder.path.glob(f"{FOLDER}-*")):
+        try:
+            inside.append(f"<h3>{text(place.name)}</h3>{_account(place, read_json(place / 'figures.json'))}")
+        except (UserError, KeyError, TypeError, AttributeError):
+            continue  # half written, or not of ours
+    if inside:
+        yield f'<section class="faults"><h2>Looked at besides</h2>{"".join(inside)}</section>'
+
+
+def _account(place: Path, told: Mapping[str, Any]) -> str:
+    """What was looked at, its figures, and links to the files."""
+    overrides = told.get("overrides") or []
+    words = f" of the {told['split']} split" * (told.get("split", "test") != "test")
+    words += ", with " + " ".join(overrides) if overrides else ""
+    words += ", the best epoch's student" * (told.get("student") == "best")
+    parts = [f"{told['pictures']:,} pictures{words}"]
+    parts += [f"{name} {percent(value)}" for name, value in told["figures"].items()]
+    links = " ".join(
+        f'<a href="{quote(place.name)}/{file.name}">{file.name}</a>'
+        for file in sorted(place.iterdir())
+        if file.suffix in (".csv", ".json", ".png")
+    )
+    return f'<p class="deck">{text("; ".join(parts))}. {links}</p>'
 
 
 def _pictures(place: Path, told: Mapping[str, Any]) -> Iterator[str]:
