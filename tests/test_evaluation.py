@@ -117,6 +117,11 @@ def test_other_data_are_told_of_and_go_elsewhere_on_request(run, tmp_path):
     *_, where, page = evaluate_run(str(run), words)
     assert (where, page) == (f"where it errs: {run / 'evaluation-photos'}", f"page: {run / 'run.html'}")
     assert "20 pictures, with data=folder" in (run / "run.html").read_text()
+    said = list(
+        evaluate_run(str(run), ["data=folder", f"data.root={tmp_path / 'photos/test'}", "data.workers=0"])
+    )
+    assert "looked at: 20 pictures" in said
+    assert "no test split: all 20 pictures are looked at, for none was trained on" in said
     with pytest.raises(UserError, match=r"evaluate takes data\.KEY"):
         next(evaluate_run(str(run), ["seed=1"]))
 

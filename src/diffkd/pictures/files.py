@@ -172,6 +172,13 @@ class Pictures:
         kept = {"leave_out": True} | kept
         return Pictures(Part(self.source, places), transform, self.max_corrupt, **kept)
 
+    def whole(self) -> "Pictures":
+        """All the pictures that these were held out of, seen as these are; themselves where they were not."""
+        if not isinstance(self.source, Part):
+            return self
+        kept: Any = {"levels": self.levels, "max_pixels": self.max_pixels, "leave_out": self.leave_out}
+        return Pictures(self.source.source, self.transform, self.max_corrupt, **kept)
+
     def unlabelled(self, source: Source) -> "Pictures":
         """Pictures of another source, augmented as these are."""
         kept: Any = {"levels": self.levels, "max_pixels": self.max_pixels}

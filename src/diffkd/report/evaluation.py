@@ -18,8 +18,10 @@ from diffkd.assembly import Parts, assemble, check_outputs
 from diffkd.data.base import Data
 from diffkd.errors import UserError
 from diffkd.maths.randomness import cpu_threads, seed_everything
-from diffkd.pictures.files import Pictures
+from diffkd.pictures.files import Part, Pictures
 from diffkd.pictures.held import part_of, says
+from diffkd.pictures.loading import Streamed
+from diffkd.pictures.unlabelled import joined
 from diffkd.recipe.schema import Recipe, load
 from diffkd.recipe.sides import Side
 from diffkd.report.faults.base import Account, name_of, write_table
@@ -140,7 +142,8 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
         agrees = ", as recorded" if figure == recorded else f", recorded: {recorded!r}"
         yield f"{name} {figure!r} ({percent(figure)}{agrees if found.recorded else ''})"
     if any(word.startswith(("data.root", "data=")) for word in overrides):
-        yield from (f"data: {found.parts.data.summary}", *found.parts.data.notes)
+        yield f"looked at: {len(found.parts.data.test):,} pictures"
+        yield from found.parts.data.notes
     place = Path(told["output"]) if told["output"] else evaluation_folder(folder, found)
     write_evaluation(found, place)
     yield f"where it errs: {place}"
@@ -183,7 +186,10 @@ def measure(
     _check_classes(parts, student.config.get("class_names") or [], folder)
     if any(word.startswith(("data=", "data.name=")) for word in words):
         side.prepare = _as_trained(student, parts)
-    parts = replace(parts, data=_at_levels(_on(parts.data, split), student.view.levels))
+    data = _on(parts.data, split)
+    if split == "test" and any(key in ("data", "data.name", "data.root") for key, _ in _changes(words)):
+        data = _whole(data)
+    parts = replace(parts, data=_at_levels(data, student.view.levels))
     check_outputs(parts, parts.sample(1))
     device = torch.device(summary["device"] if torch.cuda.is_available() else "cpu")
     loader = parts.loader(parts.data.test, shuffle=False, device=device)
@@ -269,6 +275,20 @@ def _on(data: Data, split: SplitName) -> Data:
     how = "as in testing" if says(data.train, "part") else "as in training, for they know no other way"
     note = f"{len(data.train):,} training samples, seen {how}"
     return replace(data, test=seen, notes=(*data.notes, note))
+
+
+def _whole(data: Data) -> Data:
+    """All pictures of other data that have no test split: none of them was trained on."""
+    train, test = data.train, data.test
+    if not data.test_held_out or isinstance(test, Streamed):
+        return data
+    if isinstance(test, Pictures) and isinstance(test.source, Part):
+        test = test.whole()  # its pictures keep their names
+    else:
+        test = joined(test, part_of(train, np.arange(len(train)), training=False))
+    notes = tuple(note for note in data.notes if "no test split" not in note)
+    note = f"no test split: all {len(test):,} pictures are looked at, for none was trained on"
+    return replace(data, test=test, test_held_out=False, notes=(*notes, note))
 
 
 def write_evaluation(found: Evaluation, place: Path) -> None:
