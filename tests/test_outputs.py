@@ -160,7 +160,7 @@ def test_a_model_that_refuses_pictures_without_a_word_is_one_line(nets, tiny, di
     status, _, err = diffkd("train", "tiny.yaml", "student=mute.py:net", "output=b")
     assert (status, err) == (
         2,
-        "error: student 'mute.py:net' cannot take pictures of (1, 8, 8): AssertionError\n",
+        "error: student 'mute.py:net' cannot take pictures of (1, 8, 8): AssertionError (mute.py, line 4)\n",
     )
     assert not (tmp_path / "b").exists()
 
