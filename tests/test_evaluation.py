@@ -121,7 +121,22 @@ def test_other_data_are_told_of_and_go_elsewhere_on_request(run, tmp_path):
         evaluate_run(str(run), ["data=folder", f"data.root={tmp_path / 'photos/test'}", "data.workers=0"])
     )
     assert "looked at: 20 pictures" in said
-    assert "no test split: all 20 pictures are looked at, for none was trained on" in said
+    assert "no test split: all 20 pictures are looked at" in said
+
+
+def test_a_copy_of_the_runs_own_data_keeps_its_training_pictures_out(tmp_path):
+    for number in range(40):
+        place = tmp_path / "photos" / str(number % 2) / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((20, 16), 80 + number).save(place)
+    words = [f"data.root={tmp_path / 'photos'}", "data.image_size=32", "data.workers=0", "teacher=null"]
+    words += ["student=simple/cnn2", "student.weights=null", "method=none", "trainer.epochs=1"]
+    words += [f"output={tmp_path / 'run'}", "trainer.accelerator=cpu", "trainer.progress=false"]
+    folder = fit(load("folder", words))
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    said = list(evaluate_run(str(folder.path), [f"data.root={tmp_path / 'moved'}"]))
+    assert "looked at: 4 pictures" in said
+    assert any(line.endswith("4 of its 40 pictures held out as one") for line in said)
     with pytest.raises(UserError, match=r"evaluate takes data\.KEY"):
         next(evaluate_run(str(run), ["seed=1"]))
 

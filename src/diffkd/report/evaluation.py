@@ -187,7 +187,8 @@ def measure(
     if any(word.startswith(("data=", "data.name=")) for word in words):
         side.prepare = _as_trained(student, parts)
     data = _on(parts.data, split)
-    if split == "test" and any(key in ("data", "data.name", "data.root") for key, _ in _changes(words)):
+    other = any(key in ("data", "data.name", "data.root") for key, _ in _changes(words))
+    if split == "test" and other and data.test_held_out and not _is_the_runs(parts, folder):
         data = _whole(data)
     parts = replace(parts, data=_at_levels(data, student.view.levels))
     check_outputs(parts, parts.sample(1))
@@ -277,17 +278,23 @@ def _on(data: Data, split: SplitName) -> Data:
     return replace(data, test=seen, notes=(*data.notes, note))
 
 
+def _is_the_runs(parts: Parts, folder: RunFolder) -> bool:
+    """Whether the data are the run's own, in another place: then most of them were trained on."""
+    there = folder.read_identity().get("data", {})
+    return any(parts.content[name] == there.get(name) for name in ("training pictures", "test pictures"))
+
+
 def _whole(data: Data) -> Data:
-    """All pictures of other data that have no test split: none of them was trained on."""
+    """All pictures of data that have no test split."""
     train, test = data.train, data.test
-    if not data.test_held_out or isinstance(test, Streamed):
+    if isinstance(test, Streamed):
         return data
     if isinstance(test, Pictures) and isinstance(test.source, Part):
         test = test.whole()  # its pictures keep their names
     else:
         test = joined(test, part_of(train, np.arange(len(train)), training=False))
     notes = tuple(note for note in data.notes if "no test split" not in note)
-    note = f"no test split: all {len(test):,} pictures are looked at, for none was trained on"
+    note = f"no test split: all {len(test):,} pictures are looked at"
     return replace(data, test=test, test_held_out=False, notes=(*notes, note))
 
 
