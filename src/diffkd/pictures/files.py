@@ -165,24 +165,26 @@ class Pictures:
 
     def part(self, places: np.ndarray, *, training: bool) -> "Pictures":
         """The pictures at some places `(n,)`, augmented as these are, or held out and not."""
-        kept: Any = {"levels": self.levels, "max_pixels": self.max_pixels}
-        if training:
-            kept |= {"plain": self.plain, "leave_out": self.leave_out}
         transform = self.transform if training else self.plain or self.transform
-        kept = {"leave_out": True} | kept
-        return Pictures(Part(self.source, places), transform, self.max_corrupt, **kept)
+        kept: Any = {"plain": self.plain, "leave_out": self.leave_out} if training else {"leave_out": True}
+        return self._of(Part(self.source, places), transform, **kept)
 
     def whole(self) -> "Pictures":
         """All the pictures that these were held out of, seen as these are; themselves where they were not."""
         if not isinstance(self.source, Part):
             return self
-        kept: Any = {"levels": self.levels, "max_pixels": self.max_pixels, "leave_out": self.leave_out}
-        return Pictures(self.source.source, self.transform, self.max_corrupt, **kept)
+        return self._of(self.source.source, self.transform, leave_out=self.leave_out)
 
     def unlabelled(self, source: Source) -> "Pictures":
         """Pictures of another source, augmented as these are."""
-        kept: Any = {"levels": self.levels, "max_pixels": self.max_pixels}
-        return Pictures(source, self.transform, self.max_corrupt, plain=self.plain, **kept)
+        return self._of(source, self.transform, plain=self.plain)
+
+    def _of(
+        self, source: Source, transform: Callable[[Image.Image], Tensor] | RandomView, **kept: Any
+    ) -> "Pictures":
+        """Pictures of a source, decoded as these are."""
+        kept |= {"levels": self.levels, "max_pixels": self.max_pixels}
+        return Pictures(source, transform, self.max_corrupt, **kept)
 
     def __getitem__(self, index: int) -> Any:
         """One sample.
