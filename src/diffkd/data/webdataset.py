@@ -12,8 +12,7 @@ from diffkd.pictures.augment import PictureOptions
 from diffkd.pictures.files import Source, held_out
 from diffkd.pictures.options import class_count, class_notes, quoted, spread
 from diffkd.pictures.shards import Endings, Shards, first_endings
-
-_TEST_NAMES = ("val", "valid", "validation", "test")
+from diffkd.pictures.splits import USUAL_TEST_NAMES
 
 
 @spread(PictureOptions)
@@ -117,7 +116,7 @@ def _splits(root: str | None, test: str | None) -> tuple[list[Path], list[Path]]
     if folder.is_dir():
         train = _named(folder, "train")
         if train and test is None:
-            held = next((found for name in _TEST_NAMES if (found := _named(folder, name))), [])
+            held = next((found for name in USUAL_TEST_NAMES if (found := _named(folder, name))), [])
         train = train or sorted(folder.glob("*.tar"))
         if not train:
             raise UserError(f"no shards (.tar) in '{folder}'")

@@ -10,8 +10,8 @@ from diffkd.pictures.options import quoted
 from diffkd.pictures.scan import SYSTEM
 
 TRAIN_NAMES = ("train", "training")
-_USUAL = ("val", "valid", "validation", "test")  # sure to be no class
-TEST_NAMES = (*_USUAL, "testing", "eval", "evaluation", "dev")
+USUAL_TEST_NAMES = ("val", "valid", "validation", "test")  # sure to be no class
+TEST_NAMES = (*USUAL_TEST_NAMES, "testing", "eval", "evaluation", "dev")
 _WORD = re.compile(rf"(?:^|[^a-z])({'|'.join((*TRAIN_NAMES, *TEST_NAMES))})(?:[^a-z]|$)")
 
 
@@ -50,7 +50,7 @@ def find_splits(folder: Path, test_folder: str | None = None) -> Splits:
             raise UserError(f"data.test_folder='{test_folder}' is not a folder in '{folder}'")
         tests = [test_folder]
     elif train is None:
-        tests = [name for name in tests if name in _USUAL]
+        tests = [name for name in tests if name in USUAL_TEST_NAMES]
     if tests and train is None:
         raise UserError(f"'{folder}' has a folder '{tests[0]}' but none named 'train'")
     notes: list[str] = []
