@@ -106,8 +106,10 @@ class Setting:
             Pair("output", scores, scores, is_logits=True),
         )
         found = {}
+        of_scores = {name for name, choice in chosen.items() if choice.of_scores}
         for name, choice in chosen.items():
             wanted = pairs[1:] if choice.build.stages == "none" else pairs
+            wanted, _ = choice.pairs(name, wanted, scores_taught=bool(of_scores - {name}))
             setup = Setup(wanted, student, student, self.classes, len(self.labels))
             found[name] = choice.build(setup)
         return found

@@ -1,6 +1,7 @@
 """Several teachers, and what each method learns from, how much and when."""
 
 import copy
+import warnings
 from typing import get_type_hints
 
 import pytest
@@ -44,6 +45,27 @@ def test_a_method_learns_from_its_own_taps_with_a_weight_for_each(models):
     shared = {"fitnet": {"taps": ["2"]}, "at": {"taps": ["1"]}, "kd": None}
     assert list(Distiller(student, teacher, TAPS, shared, IMAGES)(IMAGES)) == [
         *("fitnet.2.kd", "at.1.kd", "kd.output.kd")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("taps", "methods", "left"),
+    [
+        (TAPS, {"diffkd": None, "kd": None}, True),
+        (TAPS, {"diffkd": {"taps": ["1", ""]}, "kd": None}, False),
+        (TAPS, {"diffkd": {"preset": "paper"}, "kd": None}, False),
+        (TAPS, {"diffkd": None, "fitnet": None}, False),
+        ({"": ""}, {"diffkd": None, "kd": None}, False),
+    ],
+)
+def test_diffkd_leaves_class_scores_to_a_method_of_scores(models, taps, methods, left):
+    student, teacher, _ = models
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        losses = Distiller(student, teacher, taps, methods, IMAGES)(IMAGES)
+    assert ("diffkd.output.kd" in losses) is not left
+    assert [str(w.message) for w in said] == left * [
+        "method 'diffkd' leaves the class scores to the other method"
     ]
 
 

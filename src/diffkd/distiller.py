@@ -130,10 +130,12 @@ class Distiller(nn.Module):
         self.weights: dict[str, float] = {}
         self._chosen: dict[str, _Taught] = {}
         automatic: list[str] = []
+        of_scores = {name for name, choice in chosen.items() if choice.of_scores}
         independent: bool = getattr(self._roles, "independent", False)
         for name, choice in chosen.items():
             for place, lesson in enumerate(lessons):
-                pairs, shares = choice.pairs(name, lesson.wanted(choice.build))
+                scores_taught = bool(of_scores - {name})
+                pairs, shares = choice.pairs(name, lesson.wanted(choice.build), scores_taught=scores_taught)
                 if independent:
                     binary = getattr(choice.build, "binary", False)
                     pairs = tuple(pair for pair in pairs if binary or not pair.is_logits)

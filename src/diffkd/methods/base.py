@@ -125,6 +125,11 @@ class Method(nn.Module, ABC):
             return cls.standardized_weight
         return cls.weight
 
+    @classmethod
+    def leaves_scores(cls, options: Mapping[str, Any]) -> bool:
+        """Whether class scores are left to a method beside it that compares them and nothing else."""
+        return False
+
     @abstractmethod
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], batch: Batch

@@ -1,5 +1,6 @@
 """Which methods somebody chose: by name or object, with weights, taps of their own and schedules."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,14 +28,30 @@ class Chosen(NamedTuple):
     taps: Mapping[str, float] | None = None
     schedule: tuple[tuple[float, float], ...] = ()
 
-    def pairs(self, name: str, offered: Sequence[Pair]) -> tuple[tuple[Pair, ...], dict[str, float]]:
+    @property
+    def of_scores(self) -> bool:
+        """Whether it compares class scores and nothing else."""
+        return getattr(self.build, "stages", "last") == "none" and getattr(self.build, "uses_logits", True)
+
+    def pairs(
+        self, name: str, offered: Sequence[Pair], *, scores_taught: bool = False
+    ) -> tuple[tuple[Pair, ...], dict[str, float]]:
         """The pairs that it learns from, and the factors of its weight by pair name where they differ.
+
+        Args:
+            name: what errors call it.
+            offered: the pairs that it may have.
+            scores_taught: another method of the run compares class scores.
 
         Raises:
             UserError: a tap was chosen for it that there is not.
         """
         if self.taps is None:
-            return tuple(offered), {}
+            features = tuple(pair for pair in offered if not pair.is_logits)
+            leaves = scores_taught and features and getattr(self.build, "leaves_scores", False)
+            if leaves and len(features) < len(offered):
+                warnings.warn(f"method '{name}' leaves the class scores to the other method", stacklevel=4)
+            return features if leaves else tuple(offered), {}
         found: dict[str, float] = {}
         for tap, factor in self.taps.items():
             layer = tap.partition("@")[0]
@@ -147,7 +164,7 @@ class _Configured:
                 )
         self.stages, self.uses_logits = kind.stages, kind.uses_logits
         self.weight = kind.usual_weight(options)
-        self.binary = kind.binary
+        self.binary, self.leaves_scores = kind.binary, kind.leaves_scores(options)
 
     def __call__(self, setup: Setup) -> Method:
         try:

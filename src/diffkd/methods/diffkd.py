@@ -38,11 +38,10 @@ class DiffKD(nn.Module):
             "robust" departs from it where small students, short runs and features of any scale
             suffered: the teacher's feature is standardized, most of the student's feature is kept at the
             start, the end of the run belongs to the labels (`fade`), maps wider than 32 channels are
-            compared in 32, with 2 steps; class scores ("kl") are compared as they are, at temperature 4,
-            or 1 per position, which is plain KD.
+            compared in 32, with 2 steps; class scores ("kl") are compared as they are, which is plain KD
+            (temperature 4, or 1 per position).
         latent_channels: width of the space that both are compared in; an autoencoder brings the
-            teacher's feature there. None compares in the teacher's own space, or the preset's. Not for
-            vectors.
+            teacher's feature there. None: the teacher's own space, or the preset's. Not for vectors.
         spatial_dims: 0 for vectors and logits `(B, C)`, 1 for sequences `(B, C, L)`, 2 for maps
             `(B, C, H, W)`, 3 for volumes `(B, C, D, H, W)`.
         num_steps: evaluations of the denoiser per forward pass.
@@ -54,8 +53,7 @@ class DiffKD(nn.Module):
             through the denoiser to the student). The paper's code lets it in.
         temperature: of "kl".
         warmup: share of the run, counted in forward passes in training mode, in which no gradient
-            reaches the student while all on its way learns: through layers that know nothing yet it
-            would point anywhere. The run's length comes by `expect`.
+            reaches the student while all on its way learns. The run's length comes by `expect`.
         fade: after the warm-up, what reaches the student of the distance's gradient falls evenly to nothing.
 
     Raises:
@@ -296,10 +294,8 @@ class DiffKDMethod(Method):
         kd = d(denoised(gamma F + (1 - gamma) eps), Z), d mse or KL, denoised by a few DDIM steps with e
         reconstruction = mean((decoded(Z) - teacher)^2),
 
-    gamma learnt for each sample. What the default preset does otherwise is said in `DiffKD`.
-
-    Use it where the student is much smaller than the teacher, so that its features look like noisy ones
-    of the teacher's. It costs more a step than most others, and its path needs part of the run to learn.
+    gamma learnt for each sample. What the default preset does otherwise is said in `DiffKD`. Use it where
+    the student is much smaller than the teacher: its features look like noisy ones. It costs time.
 
     Args:
         setup: what the run taps.
@@ -310,14 +306,18 @@ class DiffKDMethod(Method):
         weights: of the distance of single pairs, by name (`{"backbone[p3]": 0.5}`); 1 if not given.
         preset, num_steps, train_timesteps, start_timestep, detach_denoiser, temperature, warmup, fade: as in
             `DiffKD`.
-        recompute: denoising steps are run again in the backward pass instead of kept: less memory, more
-            time, the same gradients.
+        recompute: denoising steps are run again in the backward pass, not kept: less memory, more time.
 
     Raises:
         UserError: nothing is tapped, or `pool` is less than 1.
     """
 
     search = (Choice("preset", ("robust", "paper")), Range("temperature", 1.0, 10.0))
+
+    @classmethod
+    def leaves_scores(cls, options: Mapping[str, Any]) -> bool:
+        """Where they would be compared as they are: once is enough."""
+        return not settings(options.get("preset", "robust"), "kl").denoise
 
     def __init__(
         self,
@@ -366,8 +366,8 @@ class DiffKDMethod(Method):
             )
             diffkd._told, diffkd.recompute = True, recompute  # check_pair told of unequal sizes
             self.pairs[self.keys[pair.name]] = diffkd
-        denoising = (n for n, key in self.keys.items() if cast(DiffKD, self.pairs[key]).settings.denoise)
-        self.figures = {f"{name}.gamma": torch.zeros(()) for name in denoising}
+        of = {name: cast(DiffKD, self.pairs[key]).settings for name, key in self.keys.items()}
+        self.figures = {f"{name}.gamma": torch.zeros(()) for name in of if of[name].denoise}
 
     def expect(self, passes: int) -> None:
         """Tells every pair how long the run is."""
