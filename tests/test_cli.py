@@ -1,5 +1,6 @@
 """The command line as a person meets it: each mistake is one line, exit status 2, nothing written."""
 
+import importlib
 import os
 import pickle
 import resource
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from conftest import TINY
+from diffkd.names import submodules
 
 
 def test_help_and_version_answer_without_torch():
@@ -60,6 +62,12 @@ def test_list(diffkd, what):
     assert status == 0, err
     expected = {"": "diffkd", "recipes": "digits", "methods": "diffkd", "data": "digits"}[what]
     assert expected in out
+
+
+def test_every_source_of_models_has_names_and_builds():
+    sources = [importlib.import_module(f"diffkd.models.{name}") for name in submodules("diffkd.models")]
+    assert len(sources) >= 5
+    assert all(callable(source.names) and callable(source.build) for source in sources)
 
 
 class Evil:

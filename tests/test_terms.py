@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from diffkd.assembly import assemble
 from diffkd.maths.randomness import seed_everything
@@ -110,3 +111,26 @@ def test_time_is_taken_on_one_thread_after_warming_up():
     assert milliseconds(forward, torch.device("cpu"), budget=0.02) < 20
     assert set(calls) == {1}
     assert torch.get_num_threads() == 2
+
+
+def test_multiply_adds_are_counted_without_the_compiler():
+    from diffkd.models.measure import _Macs, macs
+
+    x = torch.rand(2, 3, 5, 8)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    projections, scores = 15 * 8 * 32, 3 * 5 * 5 * 16
+    for forward, known in (
+        (lambda: x @ x.mT, 6 * 5 * 8 * 5),
+        (lambda: nn.Linear(8, 4)(x), 240 * 4),
+        (lambda: nn.Conv2d(3, 6, 3, padding=1, groups=3)(x), 2 * 6 * 5 * 8 * 9),
+        (lambda: nn.ConvTranspose2d(3, 4, 2)(x), 240 * 4 * 4),
+        (lambda: nn.functional.scaled_dot_product_attention(x, x, x), 6 * 5 * 5 * 16),
+        (lambda: attention(x[0], x[0], x[0]), projections + scores),
+        (lambda: layer(x[0]), projections + scores + 2 * 15 * 8 * 16),
+        (lambda: torch.inference_mode()(attention)(x[0], x[0], x[0]), projections + scores),
+    ):
+        assert macs(forward) == known
+    assert torch.backends.mha.get_fastpath_enabled()
+    # what a mode defines itself is wrapped, and the wrapper imports the compiler: most of a check's start
+    assert not hasattr(_Macs.__torch_dispatch__, "__wrapped__")

@@ -166,7 +166,8 @@ def _imported(node: ast.AST, place: Path, root: Path) -> Iterator[tuple[Path, li
 
 # Files of a room that serve the others there and are not among its choices.
 SUPPORT = (
-    *("base", "choice", "detectors", "freeze", "measure", "query_detectors", "tensors", "weights", "origin"),
+    *("base", "choice", "detectors", "freeze", "matching", "measure", "origin", "query_detectors", "tensors"),
+    "weights",
 )
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffkd.maths.randomness import cpu_threads
 
@@ -68,10 +69,75 @@ def size(model: nn.Module) -> int:
 
 
 def macs(forward: Callable[[], object]) -> int:
-    """Multiply-adds of the matrix products and convolutions that `forward` runs."""
-    with FlopCounterMode(display=False) as counter:
-        forward()
-    return int(counter.get_total_flops()) // 2
+    """Multiply-adds of the matrix products, convolutions and attentions that `forward` runs.
+
+    >>> macs(lambda: torch.zeros(2, 3) @ torch.zeros(3, 4))
+    24
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a layer of a transformer in one operation hides its own
+    try:
+        with (counter := _Macs()), torch.no_grad():  # type: ignore[no-untyped-call]
+            forward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.total
+
+
+class _Counting:
+    """Adds up the multiply-adds of the operations that come by.
+
+    It is no mode itself: what a mode defines PyTorch wraps so that the first call imports its compiler,
+    which takes as long as PyTorch itself. The same goes for PyTorch's own counter.
+    """
+
+    supports_higher_order_operators = True
+    total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if isinstance(func, torch._ops.OpOverload):
+            name = func.overloadpacket.__name__
+            if name not in _FORMULAS:  # whole under inference mode: seen by its parts
+                with self:  # type: ignore[attr-defined]
+                    parts = func.decompose(*args, **kwargs or {})
+                if parts is not NotImplemented:
+                    return parts
+            out = func(*args, **kwargs or {})
+            self.total += _FORMULAS[name](args, out) if name in _FORMULAS else 0
+            return out
+        return func(*args, **kwargs or {})
+
+
+class _Macs(_Counting, TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The mode: operations inside `with` come by."""
+
+
+def _product(left: int) -> Callable[[Any, Any], int]:
+    """Of a product of matrices whose left one is that argument."""
+    return lambda args, out: out.numel() * args[left].shape[-1]
+
+
+def _convolution(args: Any, out: Any) -> int:
+    images, weight, transposed = args[0], args[1], args[6]
+    return int((images if transposed else out).numel() * weight[0].numel())
+
+
+def _attention(args: Any, out: object) -> int:
+    query, key, value = args[:3]
+    return int(query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+
+
+_FORMULAS: dict[str, Callable[[Any, Any], int]] = {
+    **dict.fromkeys(("mm", "bmm", "_scaled_mm"), _product(0)),
+    **dict.fromkeys(("addmm", "baddbmm"), _product(1)),
+    **dict.fromkeys(("convolution", "_convolution"), _convolution),
+    **{
+        f"_scaled_dot_product_{way}_attention{rest}": _attention
+        for way, rest in (("flash", ""), ("flash", "_for_cpu"), ("efficient", ""), ("cudnn", ""))
+    },
+}
 
 
 def milliseconds(forward: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
