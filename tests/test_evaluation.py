@@ -13,16 +13,25 @@ from diffkd import UserError, load_student
 from diffkd.batch import Batch
 from diffkd.data.base import build
 from diffkd.recipe.schema import load
-from diffkd.report.evaluation import LastEvaluation, evaluate_run, measure, write_evaluation
+from diffkd.report.evaluation import (
+    Evaluation,
+    LastEvaluation,
+    evaluate_run,
+    evaluation_folder,
+    measure,
+    write_evaluation,
+)
 from diffkd.report.faults.classification import ClassAccount
 from diffkd.report.faults.detection import BoxAccount
 from diffkd.report.faults.segmentation import MapAccount
+from diffkd.report.faults.sheet import confusion_picture
 from diffkd.report.run_page import finish_page
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
 from diffkd.tasks.base import Figures
 from diffkd.tasks.segmentation import Confusion
 from diffkd.training.fit import fit
+from diffkd.use.drawing import font
 
 WORDS = ["trainer.max_steps=3", "method=none", "teacher=null", "trainer.accelerator=cpu", "trainer.threads=1"]
 
@@ -51,7 +60,7 @@ def test_other_splits_have_an_account_of_their_own(run):
         said = list(evaluate_run(str(run), [f"split={split}", "which=best"]))
         told = json.loads((run / f"evaluation-best-{split}/figures.json").read_text())
         assert (told["split"], told["student"], told["pictures"]) == (split, "best", count)
-        assert said[1] == f"top1 {told['figures']['top1']!r} ({100 * told['figures']['top1']:.2f} %)"
+        assert said[1] == f"top1 {100 * told['figures']['top1']:.2f} %"
         assert said[-2] == f"where it errs: {run / f'evaluation-best-{split}'}"
         assert f'<a href="evaluation-best-{split}/classes.csv">' in (run / "run.html").read_text()
     history = RunFolder(run).read_history()
@@ -112,7 +121,7 @@ def test_other_data_are_told_of_and_go_elsewhere_on_request(run, tmp_path):
     said = list(evaluate_run(str(run), [*words, f"output={tmp_path / 'found'}"]))
     told = json.loads((tmp_path / "found/figures.json").read_text())
     assert (told["overrides"], told["pictures"]) == (words, 20)
-    assert said[0].startswith(f"top1 {told['figures']['top1']!r} ")
+    assert said[0] == f"top1 {100 * told['figures']['top1']:.2f} %"
     assert not any("recorded" in line or line.startswith("page") for line in said)
     *_, where, page = evaluate_run(str(run), words)
     assert (where, page) == (f"where it errs: {run / 'evaluation-photos'}", f"page: {run / 'run.html'}")
@@ -137,8 +146,16 @@ def test_a_copy_of_the_runs_own_data_keeps_its_training_pictures_out(tmp_path):
     said = list(evaluate_run(str(folder.path), [f"data.root={tmp_path / 'moved'}"]))
     assert "looked at: 4 pictures" in said
     assert any(line.endswith("4 of its 40 pictures held out as one") for line in said)
+    for words, name in (
+        (["data.limit=0.5", "data=folder"], "evaluation-folder-limit-0.5"),
+        (["data.root=x/y z", "data=folder", "task.flip=true"], "evaluation-y-z-flip-true"),
+        (["data.root=x", "data.workers=0"], "evaluation-x"),
+        ([f"data.mean={'9' * 300}"], f"evaluation-mean-{'9' * 104}"),
+    ):
+        found = Evaluation({}, tuple(words), None, {}, Figures({}), None)
+        assert evaluation_folder(folder, found) == folder.path / name
     with pytest.raises(UserError, match=r"evaluate takes data\.KEY"):
-        next(evaluate_run(str(run), ["seed=1"]))
+        next(evaluate_run(str(folder.path), ["seed=1"]))
 
 
 def test_targets_left_out_count_nowhere_and_probabilities_by_their_largest():
@@ -196,3 +213,11 @@ def test_boxes_found_missed_and_false_in_pixels_of_the_whole_picture():
     truth_seen = worst.images[0]  # boxes of a picture of 100 pixels, on one of 50
     assert truth_seen[:, 40, 30].any()
     assert not truth_seen[:, 46:].any()
+
+
+def test_the_title_of_a_small_matrix_is_whole(tmp_path):
+    confusion_picture(np.array([[5, 1], [2, 4]]), ["cat", "dog"], tmp_path / "a.png")
+    drawn = np.asarray(Image.open(tmp_path / "a.png").convert("L"))[:20]
+    assert (drawn[:, -8:] > 250).all()  # the title ends before the picture does
+    title = np.flatnonzero((drawn < 200).any(0))
+    assert title.max() - title.min() > font(12).getlength("truth down, answer across; shades are shares")

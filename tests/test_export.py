@@ -2,6 +2,7 @@
 
 import json
 
+import onnx
 import pytest
 import timm
 import torch
@@ -53,7 +54,13 @@ def test_eight_bits_are_smaller_and_measured(diffkd, run, tmp_path):
     assert status == 0, err
     figures = [float(word) for word in out.replace("(float:", "").split() if word.replace(".", "").isdigit()]
     assert abs(figures[-1] - figures[-2]) < 5  # points of top-1 beside the float model's
-    assert (tmp_path / "a-int8.onnx").is_file()
+    told = json.loads((tmp_path / "a-int8.onnx.json").read_text())
+    recorded = load_student(run).config["figures"]["top1"]
+    assert (told["quantize"], told["float_figures"]["top1"]) == ("int8", recorded)
+    assert f"top1 {100 * told['figures']['top1']:.2f} %" in out
+    said = {pair.key: pair.value for pair in onnx.load(tmp_path / "a-int8.onnx").metadata_props}
+    assert json.loads(said["figures"]) == told["figures"]
+    assert json.loads(said["class_names"]) == list("0123456789")
 
 
 @pytest.mark.parametrize("to", ["torch_export", "torchscript", "safetensors"])

@@ -3,6 +3,7 @@
 import csv
 import json
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,11 +40,12 @@ def pictures(tmp_path):
     return tmp_path / "photos"
 
 
-def test_classes_of_pictures(diffkd, pictures, tmp_path):
+def test_classes_of_pictures(diffkd, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "_TOLD", 1)
     run = trained(tmp_path / "run", "digits-8x8")
     status, out, err = diffkd("predict", run, pictures, "top=3", "output=found")
     assert (status, err) == (0, ""), err
-    assert "2 pictures, 0 unreadable" in out
+    assert f"and 1 more in {Path('found/predictions.csv')}\n2 pictures, 0 unreadable: found\n" in out
     rows = json.loads((tmp_path / "found/predictions.json").read_text())
     student = load_student(run)
     for row in rows:

@@ -85,7 +85,9 @@ def test_the_file_to_test_on_has_many_names_and_perhaps_no_labels(tmp_path):
     assert len(build(tmp_path, "table").test) == 2
     listing(tmp_path, "0,cat/3.png", header="id,path", name="test.csv")
     data = build(tmp_path, "table")
-    assert told(data, "'test.csv' has no labels, and is not used")
+    assert (len(data.test), told(data, "tested on 'validation.csv', not on 'test.csv'")) == (2, True)
+    (tmp_path / "validation.csv").unlink()
+    assert told(build(tmp_path, "table"), "'test.csv' has no labels, and is not used")
     assert "no column 'label'" in error(tmp_path, "table", test_file="test.csv")
 
 

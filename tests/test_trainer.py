@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder
 from diffkd.training.fit import fit
+from diffkd.training.teacher import untrained
 from processes import wait_until
 
 
@@ -220,7 +222,18 @@ def test_untrained_teacher_is_told_of(tiny, tmp_path):
     reporter = Reporter(quiet=True)
     reporter.warn = said.append
     fit(load(str(tiny), [f"output={tmp_path / 'a'}"]), reporter)
-    assert any("teacher 'simple/cnn8' looks untrained" in line for line in said)
+    (line,) = (line for line in said if "teacher 'simple/cnn8' looks untrained" in line)
+    assert line.endswith("let it learn these classes (teacher.train.epochs=10), or give teacher.weights")
+    taught = load(str(tiny), ["teacher.train.epochs=1", "teacher.weights=null"])
+    parts = SimpleNamespace(
+        recipe=taught,
+        data=SimpleNamespace(test=range(100)),
+        task=SimpleNamespace(chance=0.1, metric="top1", metric_label="top-1"),
+    )
+    parts.teachers = {"teacher": SimpleNamespace(name="mine")}
+    (line,) = untrained(parts, "teacher", {"top1": 0.1})
+    assert line.endswith("it was trained with teacher.train.epochs=1: train it longer")
+    assert not list(untrained(parts, "teacher", {"top1": 0.5}))
 
 
 def test_a_compiled_run_is_the_plain_one(finished, tiny, tmp_path, monkeypatch):

@@ -19,7 +19,6 @@ _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 _NUMBER = re.compile(r"[-+]?[0-9][0-9.,]*(e[-+]?[0-9]+)?", re.IGNORECASE)
 _WAY = "data.first_label and data.num_classes say what there is"
 _ENDINGS = ("csv", "tsv", "txt")
-_TESTS = ("test", "val", *(name for name in TEST_NAMES if name not in ("test", "val")))
 
 
 @spread(PictureOptions)
@@ -36,7 +35,7 @@ def build(
     num_classes: int | None = None,
     options: PictureOptions,
 ) -> Data:
-    """A folder with `train.csv` and `test.csv` (or `val.csv`), each with a line of column names.
+    """A folder with `train.csv` and `val.csv` (or `test.csv`), each with a line of column names.
 
     Commas, semicolons, tabs or bars stand between the columns. Without names of columns, that of paths is
     found, and the other of two holds the labels. Paths are relative to that folder or one in it, or
@@ -62,10 +61,12 @@ def build(
     """
     folder = data_folder(root, "table")
     given = labels == "given"
-    place = _find(folder, train_file, TRAIN_NAMES) or _only_table(folder)
+    trains = _find_all(folder, train_file, TRAIN_NAMES)
+    place = trains[0] if trains else _only_table(folder)
     tables = [read_list(place, path_column, label_column, "needed" if given else "ignored")]
-    held = _find(folder, test_file, _TESTS)
-    if held is not None and held != place:
+    tests = [found for found in _find_all(folder, test_file, TEST_NAMES) if found != place]
+    held = tests[0] if tests else None
+    if held is not None:
         kind: Labels = "if named" if not given else "if there" if test_file is None else "needed"
         tables.append(read_list(held, path_column, label_column, kind))
         if given and tables[1].codes is None:
@@ -84,19 +85,22 @@ def build(
         known.append(None if known[0] is None else known[0][test.places])
     else:
         test = tables[1].pictures
+    if len(tests) > 1:
+        passed = quoted([other.name for other in tests[1:]])
+        notes += (f"tested on '{tests[0].name}', not on {passed}: data.test_file chooses",)
     notes += class_notes(count, known[0], known[1], classes)
     return of_pictures(options, train, test, num_classes=count, class_names=classes, notes=notes)
 
 
-def _find(folder: Path, name: str | None, stems: Sequence[str]) -> Path | None:
-    """The file of a split: that of a name, or the first usual one that is there."""
+def _find_all(folder: Path, name: str | None, stems: Sequence[str]) -> list[Path]:
+    """The file of a split: that of a name, or the usual ones that are there, the usual first."""
     if name is not None:
         if not (folder / name).is_file():
             raise UserError(f"no file '{folder / name}'")
-        return folder / name
+        return [folder / name]
     there = {place.name.lower(): place for place in sorted(folder.iterdir(), reverse=True) if place.is_file()}
     usual = (f"{stem}.{ending}" for stem in stems for ending in _ENDINGS)
-    return next((there[name] for name in usual if name in there), None)
+    return [there[name] for name in usual if name in there]
 
 
 def _by_column(table: PictureList) -> list[PictureList]:

@@ -23,15 +23,26 @@ def first_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
         model: what it was validating.
         prefix: what comes before the keys of the model.
     """
-    errors = error.errors()
+    found = error.errors()
+    errors = [e for e in found if not _is_word(e)] or found
     first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
     shown, _ = _walk(model, first["loc"])
     _, above = _walk(model, first["loc"][:-1])
     known = sorted({key for m in above for key, field in m.model_fields.items() if not field.exclude})
     more = len({_walk(model, e["loc"])[0] for e in errors}) - 1
     elsewhere = _elsewhere(model, str(first["loc"][-1])) if first["type"] == "extra_forbidden" else None
-    reason = f"unknown key; did you mean '{elsewhere}'?" if elsewhere else _reason(first, known)
+    words = [e["ctx"]["expected"] for e in found if _is_word(e) and e["loc"][:-1] == first["loc"][:-1]]
+    reason = _reason(first, known)
+    if elsewhere:
+        reason = f"unknown key; did you mean '{elsewhere}'?"
+    elif words and not _is_word(first):
+        reason = reason.replace(", got ", f", or {words[0]}, got ")
     return f"{prefix}{shown}: {reason}" + (f" (and {more} more)" if more else "")
+
+
+def _is_word(error: Any) -> bool:
+    """Whether a value is none of the words that may stand in the place of a number or a list."""
+    return error["type"] == "literal_error" and str(error["loc"][-1]).startswith("literal[")
 
 
 # What people call keys of a recipe.

@@ -41,7 +41,7 @@ def _draw_quality(axes: Axes, places: Sequence[float], history: History, summary
         score = 100 * summary["teacher"][metric]
         axes.axhline(score, color=INK, linestyle=":", label=f"teacher {score:.2f} %")
     axes.set_title(f"{summary['metric_label']} on the test data, %", loc="left")
-    axes.legend(frameon=False, loc="lower right")
+    _legend(axes, 1)
 
 
 def _draw_losses(axes: Axes, places: Sequence[float], history: History, summary: dict[str, Any]) -> None:
@@ -51,7 +51,12 @@ def _draw_losses(axes: Axes, places: Sequence[float], history: History, summary:
         axes.plot(places, [row.get(name, float("nan")) for row in history], color=colour, label=name)
     axes.set_yscale("log")
     axes.set_title("training losses", loc="left")
-    axes.legend(frameon=False, fontsize=7)
+    _legend(axes, 2)
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    """Names of the lines, beneath the axes: inside they would lie over some of them."""
+    axes.legend(frameon=False, fontsize=7, ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.16))
 
 
 def _plain(axes: Axes, axis: str) -> None:

@@ -43,6 +43,7 @@ from diffkd.use.student import Student, load_student
 from diffkd.use.trained import as_trained
 
 FOLDER = "evaluation"  # in the run folder
+_LONGEST = 120  # characters of a folder's name
 _MOST = 2000  # classes, above which only the figures are kept
 SplitName = Literal["test", "val", "train"]
 _KEYS = ("data.", "data=", "task.", "trainer.threads=", "trust=")
@@ -138,9 +139,7 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
     if split != "test":
         yield found.parts.data.notes[-1]
     for name, figure in found.figures.scalars.items():
-        recorded = found.recorded.get(name)
-        agrees = ", as recorded" if figure == recorded else f", recorded: {recorded!r}"
-        yield f"{name} {figure!r} ({percent(figure)}{agrees if found.recorded else ''})"
+        yield f"{name} {percent(figure)}{_beside(figure, found.recorded.get(name))}"
     if any(word.startswith(("data.root", "data=")) for word in overrides):
         yield f"looked at: {len(found.parts.data.test):,} pictures"
         yield from found.parts.data.notes
@@ -149,6 +148,18 @@ def evaluate_run(path: str, words: Sequence[str] = ()) -> Iterator[str]:
     yield f"where it errs: {place}"
     if not told["output"]:
         yield f"page: {write_run_page(folder)}"
+
+
+def _beside(figure: float, recorded: float | None) -> str:
+    """What a run wrote down of a figure, beside what it is now.
+
+    >>> _beside(0.5, 0.5), _beside(0.5, 0.25), _beside(0.5, 0.5000001), _beside(0.5, None)
+    (' (as recorded)', ' (recorded: 25.00 %)', ' (recorded: 50.00 %, 1e-07 away)', '')
+    """
+    if recorded is None or figure == recorded:
+        return "" if recorded is None else " (as recorded)"
+    away = f", {abs(figure - recorded):.0e} away" * (percent(figure) == percent(recorded))
+    return f" (recorded: {percent(recorded)}{away})"
 
 
 def measure(
@@ -240,12 +251,14 @@ class LastEvaluation:
 
 def evaluation_folder(folder: RunFolder, found: Evaluation) -> Path:
     """Where an account goes: one folder for the run's own test data, others for what else was looked at."""
-    changes = _changes(found.words)
-    roots = [Path(value).name for key, value in changes if key == "data.root"]
+    changes = dict(_changes(found.words))
+    root = changes.pop("data.root", "")
+    named = [changes.pop(key) for key in ("data.name", "data") if key in changes]
+    others = [f"{key.partition('.')[2]}-{value}" for key, value in changes.items()]
     told = ["best"] if found.which == "best" else []
-    told += [re.sub(r"[^\w.-]+", "-", roots[-1]) if roots else "changed"] if changes else []
-    told += [found.split] if found.split != "test" else []
-    return folder.path / "-".join([FOLDER, *told])
+    told += [Path(root).name] if root else named[:1]
+    told += [*others, found.split] if found.split != "test" else others
+    return folder.path / re.sub(r"[^\w.-]+", "-", "-".join([FOLDER, *told]))[:_LONGEST].strip("-")
 
 
 def _changes(words: Sequence[str]) -> list[tuple[str, str]]:

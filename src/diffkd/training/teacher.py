@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from diffkd.runs.disk import write_atomically
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import Identity, changed, difference, identify, short_name
 from diffkd.runs.places import check_cache, check_folder, check_identity
-from diffkd.tasks.base import Figures
+from diffkd.tasks.base import Figures, near_chance
 from diffkd.training.devices import on_first
 from diffkd.training.interrupt import InterruptedRunError
 
@@ -162,6 +162,32 @@ def teacher_figures(
         except (OSError, UserError):
             pass  # a cache that cannot be written is no reason to stop: it is measured again
     return figures
+
+
+def untrained(parts: Parts, name: str, figures: Mapping[str, float]) -> Iterator[str]:
+    """A warning where a teacher's figure is near chance, with the way out that its recipe leaves.
+
+    Args:
+        parts: of the run.
+        name: the teacher's.
+        figures: of `teacher_figures`.
+    """
+    teacher, task, score = parts.teachers[name], parts.task, figures[parts.task.metric]
+    if task.chance is None or not near_chance(score, task.chance, len(parts.data.test)):
+        return
+    wanted = parts.recipe.every_teacher[name]
+    key = "teacher" if name == "teacher" else f"teachers.{name}"
+    if wanted.train is not None:
+        length = parts.recipe.teacher_recipe(name).trainer
+        took = f"steps={length.steps}" if length.steps is not None else f"epochs={length.epochs}"
+        way = f"it was trained with {key}.train.{took}: train it longer"
+    else:
+        way = f"let it learn these classes ({key}.train.epochs=10), or give {'other ' * bool(wanted.weights)}"
+        way += f"{key}.weights"
+    yield (
+        f"teacher '{teacher.name}' looks untrained: {task.metric_label} {100 * score:.2f} % is near chance "
+        f"({100 * task.chance:.2f} %); {way}"
+    )
 
 
 def _read_figures(place: Path) -> dict[str, float] | None:

@@ -22,7 +22,7 @@ from diffkd.runs.bar import ProgressBar
 from diffkd.runs.console import Reporter
 from diffkd.runs.folder import RunFolder, load_checkpoint, resume_hint
 from diffkd.runs.places import check_folder, check_identity
-from diffkd.tasks.base import Figures, near_chance
+from diffkd.tasks.base import Figures
 from diffkd.training.balance import Balance
 from diffkd.training.checkpoint import lasting, load_optimizer_state, not_finite, optimizer_state, unwrapped
 from diffkd.training.devices import as_channels_last, expect_unused, fuses, gathered, on_first, own_code
@@ -36,7 +36,7 @@ from diffkd.training.length import Length
 from diffkd.training.loggers import Loggers, check_loggers
 from diffkd.training.meter import Meter, Place
 from diffkd.training.optim import build_optimizer, lr_factor, set_lr
-from diffkd.training.teacher import teacher_figures
+from diffkd.training.teacher import teacher_figures, untrained
 
 
 class Trainer:
@@ -187,12 +187,8 @@ class Trainer:
         found: dict[str, dict[str, float]] = {name: {} for name in parts.teachers}
         for name, teacher in parts.teachers.items() if parts.teacher_answers else ():
             figures = teacher_figures(parts, name, self.fabric, partial(self._judge, teacher))
-            score, chance = figures[parts.task.metric], parts.task.chance
-            if chance is not None and near_chance(score, chance, len(parts.data.test)):
-                self.reporter.warn(
-                    f"teacher '{teacher.name}' looks untrained: {parts.task.metric_label} "
-                    f"{100 * score:.2f} % is near chance ({100 * chance:.2f} %); give teacher.weights"
-                )
+            for line in untrained(parts, name, figures):
+                self.reporter.warn(line)
             found[name] = figures
         return found
 

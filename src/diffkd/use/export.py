@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -144,8 +144,8 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
     say(f"written: {place} ({line})")
     if isinstance(module, Detector):
         say("it takes one picture of {}x{} at a time, and gives boxes, scores, labels".format(*module.size))
-    place.with_name(f"{place.name}.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    _measure(place, student, parts, options, say)
+    _beside(place, told)
+    _measure(place, told, student, parts, options, say)
     return place
 
 
@@ -207,8 +207,18 @@ def _told(student: Student, module: nn.Module, options: ExportOptions) -> dict[s
     return found
 
 
+def _beside(place: Path, told: Mapping[str, Any]) -> None:
+    """What a file says of itself, as JSON beside it."""
+    place.with_name(f"{place.name}.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
 def _measure(
-    place: Path, student: Student, parts: Parts | None, options: ExportOptions, say: Callable[[str], None]
+    place: Path,
+    told: Mapping[str, Any],
+    student: Student,
+    parts: Parts | None,
+    options: ExportOptions,
+    say: Callable[[str], None],
 ) -> None:
     """The figures that are asked for, on the run's test data."""
     if parts is None:
@@ -216,17 +226,21 @@ def _measure(
     if options.verify == "full":
         _reproduce(_standing(loaded(place, options.to), student, parts, options), student, parts, say)
     if options.quantize:
-        from diffkd.use.runtime import quantize
+        from diffkd.use.runtime import describe, quantize
 
         small = place.with_name(f"{place.stem}-int8.onnx")
         loader = parts.loader(parts.data.train, shuffle=True)
         batch = next(iter(loader.epoch()))
         images = batch.images if isinstance(batch.images, Tensor) else torch.stack([batch.images[0]])
         quantize(place, small, images if options.with_preparation else student.prepare(images))
-        figure = _figure(_standing(Onnx(small), student, parts, options), parts)
+        figures = _figures(_standing(Onnx(small), student, parts, options), parts)
+        about = {**told, "quantize": "int8", "figures": figures, "float_figures": told.get("figures", {})}
+        describe(small, about)
+        _beside(small, about)
         share = small.stat().st_size / place.stat().st_size
-        beside = _recorded(student, parts, "float")
-        say(f"written: {small} ({share:.2f} of the size; {parts.task.metric} {100 * figure:.2f} %{beside})")
+        metric, beside = parts.task.metric, _recorded(student, parts, "float")
+        figure = f"{metric} {100 * figures[metric]:.2f} %{beside}"
+        say(f"written: {small} ({share:.2f} of the size; {figure})")
 
 
 def _standing(runtime: Runtime, student: Student, parts: Parts, options: ExportOptions) -> Side:
@@ -241,7 +255,7 @@ def _reproduce(side: Side, student: Student, parts: Parts, say: Callable[[str], 
     Raises:
         UserError: the run recorded another figure.
     """
-    metric, figure = parts.task.metric, _figure(side, parts)
+    metric, figure = parts.task.metric, _figures(side, parts)[parts.task.metric]
     say(f"{metric} of the exported model: {100 * figure:.2f} %{_recorded(student, parts, 'recorded')}")
     recorded = student.config.get("figures", {}).get(metric)
     if recorded is not None and abs(figure - recorded) > 1e-3:
@@ -253,9 +267,9 @@ def _recorded(student: Student, parts: Parts, what: str) -> str:
     return "" if recorded is None else f" ({what}: {100 * recorded:.2f} %)"
 
 
-def _figure(side: Side, parts: Parts) -> float:
+def _figures(side: Side, parts: Parts) -> dict[str, float]:
     loader = parts.loader(parts.data.test, shuffle=False)
-    return evaluate(side, parts.task, loader).scalars[parts.task.metric]
+    return dict(evaluate(side, parts.task, loader).scalars)
 
 
 def _folder(

@@ -25,6 +25,7 @@ from diffkd.use.student import Student, load_student
 from diffkd.use.words import told_options
 
 BATCH = 16
+_TOLD = 10  # answers on the screen
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,11 @@ def predict_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
         raise UserError("top=5 and threshold=0.3 need numbers") from None
     which, trust = options.get("which", "last"), options.get("trust") == "true"
     done = predict(run, pictures, options.get("output"), top, threshold, which=which, trust=trust)  # type: ignore[arg-type]
-    for row in done.rows[:10]:
-        if "class" in row:
-            print(f"{row['picture']}: {row['class']} ({100 * row['probability']:.1f} %)")
+    told = [row for row in done.rows if "class" in row]
+    for row in told[:_TOLD]:
+        print(f"{row['picture']}: {row['class']} ({100 * row['probability']:.1f} %)")
+    if len(told) > _TOLD:
+        print(f"and {len(told) - _TOLD:,} more in {done.output / 'predictions.csv'}")
     print(f"{len(done.rows)} pictures, {len(done.unreadable)} unreadable: {done.output}")
     return done.unreadable
 

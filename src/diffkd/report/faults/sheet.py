@@ -100,10 +100,13 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], place: Path) -> 
     told = count <= _MANY
     room = int(max(font(12).getlength(fitted(name, 12, 150)) for name in names)) + 10 if told else 24
     side = cell * count
-    sheet = Image.new("RGB", (room + side + 24, side + room + 30), PAPER)
+    title = "truth down, answer across; shades are shares of the row"
+    long = int(font(12).getlength(title)) + 12
+    width = max(room + side + 24, long + 12)  # a small matrix is narrower than its title
+    sheet = Image.new("RGB", (width, side + room + 30), PAPER)
     pen = ImageDraw.Draw(sheet)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    pen.text((room, 4), "truth down, answer across; shades are shares of the row", SOFT, font(12))
+    pen.text((min(room, width - long), 4), title, SOFT, font(12))
     top = 24
     for i in range(count):
         for j in np.flatnonzero(matrix[i]).tolist():
