@@ -20,6 +20,7 @@ from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.training.fit import fit
 from diffkd.use import predict, visualize
+from diffkd.use.drawing import _bright, draw_boxes
 from diffkd.use.student import Student
 
 SMALL = ["trainer.max_steps=2", "method=none", "teacher=null", "data.workers=0", "trainer.accelerator=cpu"]
@@ -94,9 +95,11 @@ def test_label_maps_of_pictures(diffkd, pictures, tmp_path):
 def test_boxes_of_pictures(diffkd, pictures, tmp_path):
     words = ["data.train_scenes=8", "data.test_scenes=2", "data.batch_size=4"]
     run = trained(tmp_path / "run", "digit-scenes-detection", *words)
-    status, _, err = diffkd("predict", run, pictures, "output=found", "threshold=0.0")
+    status, out, err = diffkd("predict", run, pictures, "output=found", "threshold=0.0")
     assert status == 0, err
     found = json.loads((tmp_path / "found/predictions.json").read_text())
+    count = len(found["annotations"])
+    assert not count or f"{count} boxes of score 0 or more are drawn, of {count} found" in out
     assert [image["file_name"] for image in found["images"]] == [
         str(pictures / n) for n in ("a.png", "b.jpg")
     ]
@@ -141,7 +144,11 @@ def test_boxes_come_back_in_the_pictures_own_pixels(tmp_path, monkeypatch):
         assert row["boxes"][0]["class"] == "bright"
         assert row["boxes"][0]["box"] == pytest.approx(box, abs=2.1)  # a pixel of the smaller picture
         shown = Image.open(tmp_path / "found" / row["picture with boxes"])
-        assert min(shown.size) in (48, 64)
+        factor = 240 / min(width, height)
+        assert shown.size == (round(width * factor), round(height * factor))  # the photo, enlarged
+        coloured = np.argwhere(np.ptp(np.asarray(shown), axis=2) > 9)  # the outline, and the words
+        left, top, right, bottom = (edge * factor for edge in box)
+        assert coloured.max(0) == pytest.approx((bottom, right), abs=2.1 * factor)
 
 
 def test_the_denoising_is_shown(diffkd, pictures, tiny, tmp_path):
@@ -195,3 +202,17 @@ def test_the_last_step_is_what_is_projected():
     assert torch.equal(diffkd.projection(way["step 3"]), way["denoised"])
     torch.manual_seed(1)
     assert torch.equal(diffkd(ours, theirs).denoised, way["denoised"])
+
+
+def test_words_on_boxes_stay_off_each_other_and_on_the_picture():
+    boxes = torch.tensor([[150.0, 2, 198, 60], [151, 3, 199, 61], [152, 2, 198, 60]])
+    names, scores = ["a" * 20, "b" * 20, "c" * 20], torch.tensor([0.2, 0.9, 0.5])
+    picture = Image.new("RGB", (200, 200))
+    drawn = draw_boxes(picture, boxes, torch.arange(3), names, scores, sides=(200, 256))
+    colours = [torch.tensor(_bright(label), dtype=torch.uint8)[:, None, None] for label in range(3)]
+    areas = [int((drawn == colour).all(0).sum()) for colour in colours]
+    outline = 2 * (49 + 59)
+    assert areas[1] > outline + 500  # the surest is named inside of its box, for above is no room
+    assert areas[2] > 500  # the next one below
+    assert areas[0] <= outline  # and for the last one there is no place left
+    assert (drawn[:, :, 60:100] != 0).any()  # words too long for the place begin further left

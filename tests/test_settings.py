@@ -13,7 +13,7 @@ from filelock import FileLock
 from diffkd.names import submodules
 from diffkd.recipe.files import builtin
 from diffkd.report.settings import groups
-from diffkd.runs.places import note_use, uses_file
+from diffkd.runs.places import note_use, users, uses_file
 
 
 def test_every_section_says_its_keys_with_type_default_and_meaning(diffkd):
@@ -111,7 +111,11 @@ def test_clean_lists_and_removes_what_is_old_and_not_in_use(teachers, diffkd):
     ]
     status, out, _ = diffkd("clean", "teachers", "older=30d", "yes=true")
     assert f"busy: needed by {run}, left" in out
-    (run / "recipe.yaml").unlink()  # the run is gone
+    other = teachers / "new/student/model.safetensors"
+    for weights, needs in ((teachers / "busy/student/model.safetensors", True), (other, False)):
+        told = {"teacher": None, "teachers": {"wide": {"weights": str(weights)}}}
+        (run / "summary.json").write_text(json.dumps(told))
+        assert bool(users(teachers / "busy")) == needs  # another run in its place has another teacher
     status, out, _ = diffkd("clean", "teachers", "older=30d", "yes=true")
     assert "busy: removed" in out
     assert not uses_file(teachers / "busy").exists()

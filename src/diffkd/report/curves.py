@@ -47,8 +47,10 @@ def _draw_quality(axes: Axes, places: Sequence[float], history: History, summary
 def _draw_losses(axes: Axes, places: Sequence[float], history: History, summary: dict[str, Any]) -> None:
     columns = dict.fromkeys(key for row in history for key in row)
     named = [key for key in columns if key.split(".")[0] in ("task", *summary["methods"])]
-    for colour, name in zip(COLOURS * 4, [n for n in named if not n.endswith(".gamma")], strict=False):
-        axes.plot(places, [row.get(name, float("nan")) for row in history], color=colour, label=name)
+    looks = [(colour, line) for line in ("-", "--", ":", "-.") for colour in COLOURS]
+    for (colour, line), name in zip(looks, [n for n in named if not n.endswith(".gamma")], strict=False):
+        values = [row.get(name, float("nan")) for row in history]
+        axes.plot(places, values, color=colour, linestyle=line, label=name)
     axes.set_yscale("log")
     axes.set_title("training losses", loc="left")
     _legend(axes, 2)

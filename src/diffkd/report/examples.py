@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from diffkd.assembly import assemble
 from diffkd.recipe.schema import load
@@ -23,7 +22,7 @@ from diffkd.use.trained import as_trained
 SCENES = 3
 SURE = 0.3  # least score of a box that is shown
 _VOID = (224, 224, 192)  # as Pascal VOC paints it
-_SIDES = 240, 640  # pixels: pictures with boxes are shown with shorter sides of at least, longer of at most
+_PARTS = "boxes", "labels", "scores"  # of what a detector finds
 _BY_SIZE = {
     "ap": "all",
     "ap50": "all, IoU 0.5",
@@ -165,7 +164,7 @@ def _detection(scenes: _Scenes, summaries: Sequence[tuple[str, Mapping[str, Any]
 def _with_boxes(
     image: Tensor, found: Mapping[str, Tensor], keep: Tensor, origin: tuple[int, int], names: Sequence[str]
 ) -> np.ndarray:
-    """A picture `(H, W, 3)`, at a size at which words can be read on it, with some of the boxes.
+    """A picture `(H, W, 3)` with some of the boxes.
 
     Args:
         image: `(C, H, W)`.
@@ -174,16 +173,11 @@ def _with_boxes(
         origin: `(H, W)` in pixels of which the boxes are.
         names: of the classes.
     """
-    height, width = image.shape[-2:]
-    factor = max(_SIDES[0] / min(height, width), 1.0)
-    factor = min(factor, _SIDES[1] / max(height, width))
-    size = round(height * factor), round(width * factor)
-    how = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR
-    canvas = pil_to_tensor(Image.fromarray(_pixels(image)).resize(size[::-1], how))
-    scale = torch.tensor([size[1] / origin[1], size[0] / origin[0]] * 2)
-    boxes, scores = found["boxes"][keep].cpu() * scale, found.get("scores")
-    drawn = draw_boxes(canvas, boxes, found["labels"][keep], names, None if scores is None else scores[keep])
-    return drawn.permute(1, 2, 0).numpy()
+    boxes, labels, scores = (found[key][keep] if key in found else None for key in _PARTS)
+    assert boxes is not None
+    assert labels is not None
+    picture = Image.fromarray(_pixels(image))
+    return draw_boxes(picture, boxes, labels, names, scores, origin=origin).permute(1, 2, 0).numpy()
 
 
 def _by_size(

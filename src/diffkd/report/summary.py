@@ -65,7 +65,7 @@ def _title(summary: dict[str, Any]) -> str:
     )
     if summary["teacher"] is not None:
         ratio = summary["teacher"]["parameters"] / summary["student"]["parameters"]
-        title += f": {ratio:.1f} times fewer parameters"
+        title += f": {max(ratio, 1 / ratio):.1f} times {'fewer' if ratio >= 1 else 'more'} parameters"
     return title
 
 

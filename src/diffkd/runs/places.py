@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffkd.errors import UserError
 from diffkd.recipe.schema import Recipe, load
-from diffkd.runs.disk import free_space
+from diffkd.runs.disk import free_space, read_json
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import Identity, changed, difference
 
@@ -89,7 +89,20 @@ def note_use(teacher: Path, run: Path) -> None:
 
 def users(teacher: Path) -> list[Path]:
     """The runs that learn from a made teacher, of those that are still there."""
-    return [Path(line) for line in _lines(teacher) if (Path(line) / "recipe.yaml").is_file()]
+    return [Path(line) for line in _lines(teacher) if _learns_from(RunFolder(line), teacher)]
+
+
+def _learns_from(folder: RunFolder, teacher: Path) -> bool:
+    """Whether a run that noted its use of a teacher is still there: another may have its place by now."""
+    if not folder.recipe_file.is_file() or not folder.finished:
+        return folder.recipe_file.is_file()
+    try:
+        summary = read_json(folder.path / "summary.json")
+        taught = [summary["teacher"] or {}, *(summary.get("teachers") or {}).values()]
+        weights = [Path(side["weights"]) for side in taught if side.get("weights")]
+    except (UserError, KeyError, TypeError, AttributeError):
+        return True  # a damaged run: rather keep what it may need
+    return any(place.is_relative_to(teacher.absolute()) for place in weights)
 
 
 def uses_file(teacher: Path) -> Path:

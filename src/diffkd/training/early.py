@@ -58,7 +58,7 @@ class Choice:
         if self.on == "val":
             figure += f" (validation {100 * row[self.key]:.2f} %)"
         mark = ", the best so far" if self.best(history) is row else ""
-        where = length.told(int(row["step"]) - (length.unit == "epoch"))
+        where = length.told(int(row["step"]))
         return f"{where}: {figure}{mark}, loss {row['loss']:.3f}, {row['images_per_second']:,.0f} img/s"
 
 

@@ -58,8 +58,7 @@ class Length:
         return step % self.every == 0 or step == self.last
 
     def told(self, step: int) -> str:
-        """Where the run is, in a few words."""
+        """Where the run is after `step` steps, in a few words: of epochs, in that of the last step."""
         if self.unit == "step":
             return f"step {step}/{self.total}"
-        epochs = self.total // self.per_epoch
-        return f"epoch {min(step // self.per_epoch + 1, epochs)}/{epochs}"
+        return f"epoch {max(step - 1, 0) // self.per_epoch + 1}/{self.total // self.per_epoch}"

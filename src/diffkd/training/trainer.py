@@ -146,7 +146,7 @@ class Trainer:
             while place.step < self.length.last and not place.ended:
                 self._train_epoch(place, bar, stop)
         if place.ended:
-            self.reporter.note(f"ended after {self.length.told(place.step - 1)}: {place.ended}")
+            self.reporter.note(f"ended after {self.length.told(place.step)}: {place.ended}")
         self._finish(place, teachers)
         self.fabric.barrier()  # nobody reads the student before it is written
         return self.folder

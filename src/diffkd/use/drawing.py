@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
 
 def palette(count: int) -> Tensor:
@@ -67,36 +66,70 @@ def legend(names: Sequence[str]) -> Tensor:
 
 
 def draw_boxes(
-    image: Tensor, boxes: Tensor, labels: Tensor, names: Sequence[str], scores: Tensor | None = None
+    picture: Image.Image,
+    boxes: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    scores: Tensor | None = None,
+    *,
+    origin: tuple[int, int] | None = None,
+    sides: tuple[int, int] = (240, 640),
 ) -> Tensor:
-    """A picture `(3, H, W)` uint8 with boxes on it, each with its class and, where there is one, its score.
+    """A picture with boxes on it, each with its class and, where there is one, its score: `(3, H, W)` uint8.
+
+    It is shown at a size at which words can be read. Words stay off each other: of boxes in a crowd the
+    surest are named, the others have the colour of their class alone.
 
     Args:
-        image: `(1, H, W)` or `(3, H, W)` uint8.
-        boxes: `(n, 4)`: left, top, right, bottom in pixels of the picture.
+        picture: to draw on a copy of.
+        boxes: `(n, 4)`: left, top, right, bottom.
         labels: `(n,)` from 0.
         names: of the classes.
         scores: `(n,)`.
+        origin: `(H, W)` in pixels of which the boxes are; None: of the picture.
+        sides: pixels that the shorter side has at least, and the longer one at most.
 
-    >>> black = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    >>> draw_boxes(black, torch.tensor([[2.0, 2, 9, 9]]), torch.tensor([0]), ["a"])[:, 2, 2].tolist()
+    >>> black = Image.new("RGB", (240, 240))
+    >>> draw_boxes(black, torch.tensor([[2.0, 2, 99, 99]]), torch.tensor([0]), ["a"])[:, 99, 50].tolist()
     [245, 61, 61]
     """
-    image = image.cpu().expand(3, -1, -1)
-    if not len(boxes):
-        return image
-    words = [names[label] for label in labels.tolist()]
-    if scores is not None:
-        words = [f"{word} {score:.2f}" for word, score in zip(words, scores.tolist(), strict=True)]
-    drawn: Tensor = draw_bounding_boxes(
-        image,
-        boxes.cpu(),
-        words,
-        [_bright(label) for label in labels.tolist()],
-        width=2,
-        fill_labels=True,
-    )
-    return drawn
+    height, width = origin or (picture.height, picture.width)
+    canvas = _legible(picture, sides)
+    scale = torch.tensor([canvas.width / width, canvas.height / height] * 2)
+    order = range(len(boxes)) if scores is None else scores.argsort(descending=True, stable=True).tolist()
+    found = [(whole, int(labels[i]), i) for i in order for whole in [(boxes[i].cpu() * scale).tolist()]]
+    pen, words = ImageDraw.Draw(canvas), font(max(10, max(canvas.size) // 64))
+    for (left, top, right, bottom), label, _ in reversed(found):
+        edges = left, top, max(left, right), max(top, bottom)
+        pen.rectangle(edges, outline=_bright(label), width=max(1, max(canvas.size) // 320))
+    taken: list[tuple[float, float, float, float]] = []
+    for (left, top, _, bottom), label, i in found:
+        word = names[label] if scores is None else f"{names[label]} {float(scores[i]):.2f}"
+        across, down = words.getlength(word) + 4, words.size + 3
+        x = min(max(left, 0), max(canvas.width - across, 0))
+        for y in (top - down, top, bottom):
+            place = x, y, x + across, y + down
+            if 0 <= y <= canvas.height - down and not any(_meet(place, other) for other in taken):
+                pen.rectangle(place, fill=_bright(label))
+                pen.text((x + 2, y + down / 2), word, "black", words, anchor="lm")
+                taken.append(place)
+                break
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def _legible(picture: Image.Image, sides: tuple[int, int]) -> Image.Image:
+    """A copy of a picture, enlarged or shrunk to sides of at least and of at most so many pixels."""
+    factor = max(sides[0] / min(picture.size), 1.0)
+    factor = min(factor, sides[1] / max(picture.size))
+    if factor == 1:
+        return picture.convert("RGB")
+    how = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR
+    size = max(round(picture.width * factor), 1), max(round(picture.height * factor), 1)
+    return picture.convert("RGB").resize(size, how)
+
+
+def _meet(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def picture_of(image: Tensor) -> Image.Image:

@@ -26,6 +26,7 @@ from diffkd.use.words import told_options
 
 BATCH = 16
 _TOLD = 10  # answers on the screen
+_SIDES = 240, 1280  # pixels of a picture with boxes
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,10 @@ def predict_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
         print(f"{row['picture']}: {row['class']} ({100 * row['probability']:.1f} %)")
     if len(told) > _TOLD:
         print(f"and {len(told) - _TOLD:,} more in {done.output / 'predictions.csv'}")
+    scores = [box["score"] for row in done.rows for box in row.get("boxes", ())]
+    if scores:
+        sure = sum(score >= threshold for score in scores)
+        print(f"{sure:,} boxes of score {threshold:g} or more are drawn, of {len(scores):,} found")
     print(f"{len(done.rows)} pictures, {len(done.unreadable)} unreadable: {done.output}")
     return done.unreadable
 
@@ -172,9 +177,14 @@ def _writer(
     if isinstance(student.task, Segmentation):
         return lambda place, image, size, labels: _map(folder / files[place], image, labels, names)
     if isinstance(student.task, Detection):
-        return lambda place, image, size, found: _boxes(
-            folder / files[place], image, size, found, names, threshold
-        )
+
+        def draw(
+            place: Path, image: Tensor, size: tuple[int, int], found: dict[str, Tensor]
+        ) -> dict[str, Any]:
+            picture = student.decoded(place, str(place))  # once more: a batch of them would fill the memory
+            return _boxes(folder / files[place], picture, image, found, names, threshold)
+
+        return draw
     return lambda place, image, size, answer: {"answer": _plain(answer)}
 
 
@@ -207,24 +217,23 @@ def _map(place: Path, image: Tensor, labels: Tensor, names: Sequence[str]) -> di
 
 def _boxes(
     place: Path,
+    original: Image.Image,
     image: Tensor,
-    size: tuple[int, int],
     found: dict[str, Tensor],
     names: Sequence[str],
     threshold: float,
 ) -> dict[str, Any]:
-    """Writes the picture with its boxes; boxes are in pixels of the original."""
-    height, width = size
+    """Writes the picture with its boxes, which are in pixels of the original."""
+    height, width = original.height, original.width
     scale = torch.tensor([width, height, width, height]) / torch.tensor([*image.shape[:0:-1]] * 2)
     boxes, scores, labels = (found[key].cpu() for key in ("boxes", "scores", "labels"))
-    sure = scores >= threshold
-    shown = draw_boxes(image, boxes[sure], labels[sure], names, scores[sure])
+    boxes, sure = boxes * scale, scores >= threshold
+    shown = draw_boxes(original, boxes[sure], labels[sure], names, scores[sure], sides=_SIDES)
     picture = place.with_name(f"{place.name}-boxes.png")
     _save(shown, picture)
-    whole = (boxes * scale).tolist()
     answers = [
         {"box": [round(edge, 2) for edge in box], "class": names[label], "score": round(score, 6)}
-        for box, label, score in zip(whole, labels.tolist(), scores.tolist(), strict=True)
+        for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True)
     ]
     return {"boxes": answers, "picture with boxes": picture.name, "height": height, "width": width}
 

@@ -12,11 +12,12 @@ from torchvision.ops import box_iou
 from diffkd.batch import Batch
 from diffkd.report.faults.base import Account, Keep, Worst, ratio
 from diffkd.tasks.base import Figures
-from diffkd.use.drawing import draw_boxes, rgb
+from diffkd.use.drawing import draw_boxes, picture_of, rgb
 
 OVERLAP, SCORE = 0.5, 0.3  # IoU from which a box is found; least score that counts as an answer
 SIZES = {"small": 32**2, "medium": 96**2, "large": np.inf}  # COCO's, pixels of area, less than
 _SHOWN = 12
+_SIDES = 200, 256  # pixels of a picture on the sheet: four stand side by side
 
 
 class BoxAccount(Account):
@@ -78,14 +79,9 @@ class BoxAccount(Account):
         bad: float,
         counts: tuple[int, int, int],
     ) -> Worst:
-        image = rgb(batch.images[place])
-        height, width = image.shape[-2:]
-        down, across = (
-            now / was for now, was in zip((height, width), origin or (height, width), strict=True)
-        )
-        scale = torch.tensor([across, down, across, down])
-        truth = draw_boxes(image, true["boxes"] * scale, true["labels"], self.names)
-        answer = draw_boxes(image, ours["boxes"] * scale, ours["labels"], self.names, ours["scores"])
+        draw = partial(draw_boxes, picture_of(rgb(batch.images[place])), origin=origin, sides=_SIDES)
+        truth = draw(true["boxes"], true["labels"], self.names)
+        answer = draw(ours["boxes"], ours["labels"], self.names, ours["scores"])
         facts = {"f1": round(1 - bad, 6), **dict(zip(("found", "missed", "false"), counts, strict=True))}
         line = f"found {counts[0]}, missed {counts[1]}, false {counts[2]}: truth, answer"
         return Worst(index, line, facts, (truth, answer))
