@@ -140,3 +140,7 @@ def test_a_detector_leaves_with_its_postprocessing(tmp_path, kind, to):
         assert runtime.session.get_modelmeta().custom_metadata_map == {"class_names": '["a", "b", "c"]'}
         (answer,) = Standing(runtime, task)(others[:1, :, :50])  # smaller pictures are padded
         assert set(answer["labels"].tolist()) <= {1, 2, 3}
+        padded = nn.functional.pad(prepare(others[:1, :, :50]), (0, 0, 0, 14))  # as in training
+        boxes, _, labels = deployed(student, False, images)(padded)
+        assert torch.equal(answer["labels"], labels + 1)
+        assert torch.allclose(answer["boxes"], boxes, atol=0.01)

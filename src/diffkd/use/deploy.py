@@ -48,6 +48,9 @@ class Scorer(nn.Module):
 class Detector(nn.Module):
     """A detector with its postprocessing, for one picture of one size.
 
+    Padding at the bottom and the right is zero in front of the detector, as in training. With preparation,
+    rows and columns there that are black throughout are taken for padding.
+
     Args:
         student: of a run.
         with_preparation: as in `Scorer`.
@@ -62,9 +65,23 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a picture `(1, C, H, W)` boxes `(n, 4)`, scores `(n,)` and labels `(n,)` from 0."""
-        batch = Batch(self.preparation(images), frames=(Frame(self.size, self.size),))
+        prepared = self.preparation(images)
+        if not isinstance(self.preparation, nn.Identity):
+            prepared = prepared.masked_fill(~_within(images), 0)
+        batch = Batch(prepared, frames=(Frame(self.size, self.size),))
         (found,) = self._task[0].predict(self.model, batch)
         return found["boxes"], found["scores"], found["labels"]
+
+
+def _within(images: Tensor) -> Tensor:
+    """Where a picture `(1, C, H, W)` lies in its black padding at the bottom and the right: `(1, 1, H, W)`.
+
+    >>> _within(torch.tensor([[[[0, 7, 0], [0, 0, 0]]]])).int().tolist()
+    [[[[1, 1, 0], [0, 0, 0]]]]
+    """
+    light = images.float().amax(1, keepdim=True)
+    rows, columns = light.amax(3, keepdim=True), light.amax(2, keepdim=True)
+    return (rows.flip(2).cumsum(2).flip(2) > 0) & (columns.flip(3).cumsum(3).flip(3) > 0)
 
 
 def deployed(student: Student, with_preparation: bool, images: Tensor) -> Scorer | Detector:

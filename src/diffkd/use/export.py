@@ -16,6 +16,7 @@ from diffkd.errors import UserError, nearest
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import load
 from diffkd.recipe.sides import Side
+from diffkd.tasks.detection import Detection
 from diffkd.training.evaluation import evaluate
 from diffkd.use.deploy import Detector, Distance, Standing, deployed, distance, examples
 from diffkd.use.runtime import Onnx, Runtime, loaded, needs, write
@@ -121,6 +122,7 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
     folder = student_folder(run, options.which)
     student = load_student(run, trust=options.trust, which=options.which)
     needs(options.to)
+    _refuse(student, options)
     if not (Path(run) / "recipe.yaml").is_file() and (options.verify == "full" or options.quantize):
         raise UserError("verify=full and quantize=int8 need the run folder, for its data")
     place = _place(run, folder, options)
@@ -130,7 +132,6 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
     parts = _parts(run, options.trust)
     images = examples(student, parts, options.with_preparation)
     module = deployed(student, options.with_preparation, images)
-    _refuse(module, options)
     told = _told(student, module, options)
     partial = place.with_name(f"writing-{place.name}")
     axes = ({0} if options.dynamic_batch else set()) | ({2, 3} if options.dynamic_size else set())
@@ -143,7 +144,10 @@ def export(run: str, options: ExportOptions, say: Callable[[str], None] = print)
         partial.unlink(missing_ok=True)
     say(f"written: {place} ({line})")
     if isinstance(module, Detector):
-        say("it takes one picture of {}x{} at a time, and gives boxes, scores, labels".format(*module.size))
+        say(
+            "it takes one picture of {}x{} at a time (smaller ones with ".format(*module.size)
+            + "zeros at the bottom and the right), and gives boxes, scores, labels"
+        )
     _beside(place, told)
     _measure(place, told, student, parts, options, say)
     return place
@@ -165,18 +169,25 @@ def _compared(found: Distance, options: ExportOptions, count: int, parts: Parts 
     return f"answers within {found.far:.1g} of the eager model's on {count} {whose}{boxes}"
 
 
-def _refuse(module: nn.Module, options: ExportOptions) -> None:
+def _refuse(student: Student, options: ExportOptions) -> None:
     """Raises UserError for what cannot be had of detectors."""
-    if not isinstance(module, Detector):
+    if not isinstance(student.task, Detection):
         return
     if options.to == "torch_export":
         raise UserError(
             "to=torch_export: the number of boxes depends on the picture, which its graphs cannot follow; "
             "to=onnx and to=torchscript write the whole detector, to=safetensors its weights"
         )
-    for name in ("dynamic_size", "quantize"):
-        if getattr(options, name):
-            raise UserError(f"{name}: a detector is exported in float, for one picture of one size at a time")
+    if options.quantize:
+        raise UserError(
+            "quantize=int8: not for detectors, whose boxes 8 bits would move; leave it out: to=onnx writes "
+            "32 bits, which the tools of your runtime can bring to 16"
+        )
+    if options.dynamic_size:
+        raise UserError(
+            "dynamic_size=true: a detector is exported for one picture of one size; leave it out, and resize "
+            "and pad pictures to the size that is said then"
+        )
 
 
 def _place(run: str, folder: Path, options: ExportOptions) -> Path:
@@ -203,6 +214,7 @@ def _told(student: Student, module: nn.Module, options: ExportOptions) -> dict[s
     size = f"(1, C, {module.size[0]}, {module.size[1]})" if isinstance(module, Detector) else "(B, C, H, W)"
     found = {**student.config, "diffkd": __version__, "input": f"{taken} {size}"}
     if isinstance(module, Detector):
+        found["padding"] = "zeros at the bottom and the right, where a picture is smaller"
         found["outputs"] = "boxes (n, 4) left, top, right, bottom in pixels; scores (n,); labels (n,) from 0"
     return found
 
