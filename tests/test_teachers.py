@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from diffkd.assembly import assemble
 from diffkd.errors import UserError
 from diffkd.maths.losses import kl_divergence
 from diffkd.recipe.files import code_names
 from diffkd.recipe.schema import dump, load
+from diffkd.report.similarity import similarity
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import difference, identify
 
@@ -98,8 +100,15 @@ def test_a_run_makes_both_once_tells_them_apart_and_resumes(diffkd, tmp_path):
     assert "simple/cnn8 (" in (tmp_path / "a/run.html").read_text()
     assert {"kd_teacher.output.kd", "kd_wide.output.kd"} <= RunFolder("a").read_history()[0].keys()
     assert diffkd("evaluate", "a", **env)[0] == 0
-    again = diffkd(*words, "output=b", "seed=1", "teachers.wide.share=1", **env)
+    again = diffkd(*words, "output=b", "seed=1", "teachers.wide.share=1", "method=diffkd", **env)
     assert "training simple/cnn" not in again[1] + again[2]
+    Image.effect_noise((8, 8), 80).save(tmp_path / "picture.png")
+    status, out, err = diffkd("visualize", "b", "picture.png", **env)
+    assert (status, err) == (0, "")
+    assert out.startswith("of several teachers the first is shown, and what was learned from it: simple/cnn4")
+    first = json.loads((tmp_path / "b/summary.json").read_text())["teacher"]["weights"]
+    alike = similarity(RunFolder("b"), first)
+    assert any(pair["after"] is not None for pair in alike.values())
     status, out, err = diffkd("check", "digits-8x8", *SHORT, *WIDE, **env)
     assert status == 0, err
     assert "wide (frozen)" in out

@@ -263,7 +263,11 @@ def _finished(runs: Sequence[PlannedRun], notes: list[str]) -> list[FinishedRun]
 
 def _similarity(run: PlannedRun, teacher: str | None, notes: list[str]) -> Similarity:
     try:
-        return similarity(run.folder, teacher)
+        found = similarity(run.folder, teacher)
+        if found and run.recipe.teachers:
+            line = "features are compared with the first teacher's; there were several"
+            notes[:] = dict.fromkeys([*notes, line])
+        return found
     except Exception as error:  # the runs are whole: whatever stands in its way, the report is written
         first = first_line(error)
         notes[:] = dict.fromkeys([*notes, f"features are not compared: {first}"])

@@ -72,7 +72,8 @@ def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
     """Linear CKA of each tapped pair of features on test pictures, before and after the method's layers.
 
     The pictures are spread evenly over the classes, and are the same for every run. Features are averaged
-    over their positions. Kept in the run folder, and read from there later on.
+    over their positions. Kept in the run folder, and read from there later on. Of several teachers the
+    first's features are taken.
 
     Args:
         folder: of a finished run.
@@ -85,8 +86,6 @@ def similarity(folder: RunFolder, teacher_weights: str | None) -> Similarity:
     recipe = load(str(folder.recipe_file), trust=True)  # the user's own, or trusted when it was run
     if recipe.teacher is None or (recipe.teacher.train is not None and teacher_weights is None):
         return {}  # only runs without a teacher: none was made
-    if recipe.teachers:
-        return {}  # each has features of its own
     with cpu_threads(recipe.trainer.threads):
         method = recipe.method if "diffkd" in recipe.method else {OBSERVER: MethodRecipe()}
         trained = as_trained(recipe, folder, teacher_weights).model_copy(update={"method": method})

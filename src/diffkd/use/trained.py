@@ -26,6 +26,8 @@ def as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None, w
 def load_methods(distiller: Distiller, folder: RunFolder, which: str = "last") -> None:
     """Gives a distiller's methods what they had learned when the run ended, or in its best epoch.
 
+    A distiller of one teacher takes of a run with several what was learned from the first.
+
     Raises:
         UserError: the run keeps no such checkpoint, or one of another version's methods.
     """
@@ -42,6 +44,10 @@ def load_methods(distiller: Distiller, folder: RunFolder, which: str = "last") -
     prefix = "distiller.methods."
     model = load_checkpoint(kept[-1])["model"]
     state = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
+    firsts = {f"{name}_teacher": name for name in distiller.methods}
+    if any(key.partition(".")[0] in firsts for key in state):
+        parts = ((*key.partition("."), value) for key, value in state.items())
+        state = {f"{firsts[name]}.{rest}": value for name, _, rest, value in parts if name in firsts}
     try:
         distiller.methods.load_state_dict(state)
     except RuntimeError as error:
@@ -51,7 +57,7 @@ def load_methods(distiller: Distiller, folder: RunFolder, which: str = "last") -
 
 
 def rebuild(run: str, *, which: str = "last", trust: bool = False) -> tuple[Parts, Distiller]:
-    """A finished run's parts and its distiller, as it ended, in eval mode.
+    """A finished run's parts and its distiller (of several teachers the first's), as it ended, in eval mode.
 
     Args:
         run: the folder.
@@ -66,8 +72,6 @@ def rebuild(run: str, *, which: str = "last", trust: bool = False) -> tuple[Part
     summary, recipe = folder.read_summary(), load(str(folder.recipe_file), trust=trust)
     if summary["teacher"] is None:
         raise UserError(f"the run in '{run}' had no teacher")
-    if recipe.teachers:
-        raise UserError(f"the run in '{run}' had several teachers, whose features cannot be shown yet")
     seed_everything(recipe.seed)  # a teacher with fresh weights is the same again
     parts = assemble(as_trained(recipe, folder, summary["teacher"]["weights"], which))
     distiller, _ = parts.distiller(parts.sample(2))

@@ -19,6 +19,7 @@ from diffkd.distiller import Distiller
 from diffkd.errors import UserError
 from diffkd.methods.diffkd import DiffKD, DiffKDMethod
 from diffkd.runs.disk import write_atomically
+from diffkd.runs.folder import RunFolder
 from diffkd.tasks.base import Task
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.use.predict import find_pictures
@@ -37,12 +38,14 @@ class Shown(NamedTuple):
         pictures: how many are on it.
         unreadable: pictures that could not be read, and why.
         single: taps that are not drawn, for they have one position.
+        first: the teacher that is shown, where there were several; else empty.
     """
 
     page: Path
     pictures: int
     unreadable: tuple[str, ...]
     single: tuple[str, ...]
+    first: str = ""
 
 
 def visualize_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
@@ -54,6 +57,8 @@ def visualize_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
     options, pictures = told_options(words, ("output", "which", "trust"))
     which, trust = options.get("which", "last"), options.get("trust") == "true"
     shown = visualize(run, pictures, options.get("output"), which=which, trust=trust)  # type: ignore[arg-type]
+    if shown.first:
+        print(f"of several teachers the first is shown, and what was learned from it: {shown.first}")
     for name in shown.single:
         print(f"{name}: not drawn, it has a single position")
     print(f"{shown.pictures} pictures: {shown.page}")
@@ -71,7 +76,8 @@ def visualize(
     """Writes `denoising/` in the run folder, or `output`: a PNG for each picture, and a page with them all.
 
     Of every tapped map, the top row shows how strong the feature is (mean of its channels' sizes), the
-    lower one its three main directions as red, green and blue, found on the teacher's feature.
+    lower one its three main directions as red, green and blue, found on the teacher's feature. Of several
+    teachers the first is shown.
 
     Args:
         run: the folder of a finished run with method diffkd.
@@ -114,7 +120,9 @@ def visualize(
         raise UserError(f"none of {len(places)} pictures can be read: {unreadable[0]}")
     page = folder / "index.html"
     write_atomically(page, lambda partial: partial.write_text(_page(run, shown), encoding="utf-8"))
-    return Shown(page, len(shown), tuple(unreadable), tuple(single))
+    several = bool(RunFolder(run).read_summary().get("teachers"))
+    first = parts.teacher.name if several and parts.teacher is not None else ""
+    return Shown(page, len(shown), tuple(unreadable), tuple(single), first)
 
 
 class Way(NamedTuple):
