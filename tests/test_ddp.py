@@ -266,3 +266,51 @@ def test_a_comparison_on_two_processes_writes_one_report(tiny, tmp_path):
     assert out.count("report: c/report.html") == 1, out
     assert (tmp_path / "c/report.html").is_file()
     assert len(list((tmp_path / "c").glob("*/summary.json"))) == 2
+
+
+class Keys(dict):
+    """A store that all processes share."""
+
+    def add(self, key, number):
+        self[key] = self.get(key, 0) + number
+        return self[key]
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    set = dict.__setitem__
+
+
+def test_who_wanted_to_speak_and_was_killed_is_spoken_for(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "LOOK", 0.01)
+    torn = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    def ends(**known):
+        watch = ranks._Watch(Fabric(accelerator="cpu", devices=1))
+        watch._store = Keys({watch._key(key): value for key, value in known.items()})
+        return watch.last_words(torn), watch
+
+    for known in ({}, {"said": 1}):
+        words, watch = ends(**known)
+        assert str(words).startswith("another process of this run has ended")
+        assert watch._store.check([watch._key("end")])
+    words, watch = ends(said=1, end='{"status": 2}')
+    assert isinstance(words, SystemExit)
+    assert words.code == 2
+    # the watch speaks for it, too
+    left = []
+    monkeypatch.setattr(ranks, "leave", left.append)
+    for known, said in (({"said": 1}, 1), ({"said": 1, "end": '{"status": 2}'}, 0)):
+        watch = ranks._Watch(Fabric(accelerator="cpu", devices=1))
+        watch._store = Keys({watch._key(key): value for key, value in known.items()})
+        watch._leave("gone", 2)
+        assert capsys.readouterr().err.count("error: gone") == said
+    assert left == [2, 2]
+
+
+def test_a_watch_without_a_connection_looks_often():
+    watch, waits = ranks._Watch(Fabric(accelerator="cpu", devices=1)), []
+    watch.over.wait = lambda seconds: waits.append(seconds) or len(waits) > 2
+    watch._look = lambda: setattr(watch, "_store", Keys(one=1) if len(waits) > 1 else None)
+    watch.run()
+    assert waits == [ranks.LOOK / 10, ranks.LOOK / 10, ranks.LOOK]

@@ -81,7 +81,8 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         """Looks, until the run is over."""
-        while not self.over.wait(LOOK):
+        # Often until there is a connection: without one, the end of the first process shows late.
+        while not self.over.wait(LOOK if self._store else LOOK / 10):
             try:
                 self._look()
             except Exception:
@@ -125,7 +126,7 @@ class _Watch(threading.Thread):
         """Ends this process, wherever it waits."""
         if self.over.is_set():
             return
-        if line is not None and self._claimed():
+        if line is not None and not self._said_elsewhere():
             print(f"error: {line}", file=sys.stderr, flush=True)
             self._tell(status)
         leave(status)
@@ -140,7 +141,7 @@ class _Watch(threading.Thread):
             time.sleep(2 * LOOK)  # whoever tore the connection may have said why
             error = UserError(_GONE)
         status = 2 if isinstance(error, UserError | OSError) else 1
-        if not self._claimed():
+        if self._said_elsewhere():
             return SystemExit(status)
         if status == 2 and self.fabric.global_rank != 0:  # the command line speaks for the first process
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -163,12 +164,17 @@ class _Watch(threading.Thread):
         with suppress(Exception):
             self._store.set(self._key("end"), json.dumps({"status": status}))
 
-    def _claimed(self) -> bool:
-        """Whether this process is the first that has something to say."""
+    def _said_elsewhere(self) -> bool:
+        """Whether another process was the first that had something to say, and lived to say it."""
         try:
-            return not self._connected() or self._store.add(self._key("said"), 1) == 1
+            if not self._connected() or self._store.add(self._key("said"), 1) == 1:
+                return False
+            until = time.monotonic() + 4 * LOOK
+            while not (told := self._store.check([self._key("end")])) and time.monotonic() < until:
+                time.sleep(LOOK / 10)
+            return bool(told)
         except Exception:
-            return True
+            return False
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}"
