@@ -23,6 +23,7 @@ from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
 from diffkd.training.devices import in_one_line
 from diffkd.training.evaluation import evaluate
+from diffkd.training.meter import Place
 from diffkd.use.student import read_config
 
 
@@ -179,3 +180,20 @@ def test_evaluation_computes_in_the_runs_precision_where_the_figures_bear_it():
     assert seen == [torch.bfloat16, torch.float32]
     assert model.weight.dtype == torch.float32
     assert (Classification.half, Segmentation.half, Detection.half) == (True, True, False)
+
+
+def test_a_history_comes_back_as_it_was_and_costs_a_save_little(tmp_path):
+    place = Place(step=3)
+    assert Place.of(place.state(), batches=10) == place
+    for epoch in range(1, 2000):
+        more = {"ap": float("inf")} if epoch == 2 else {}
+        place.add_row({"epoch": epoch / 2 if epoch % 2 else epoch // 2, "loss": 1 / epoch, **more})
+        if epoch == 3:
+            early = place.state()
+    torch.save(place.state(), tmp_path / "place.pt")
+    found = Place.of(torch.load(tmp_path / "place.pt", weights_only=True), batches=10)
+    assert repr(found) == repr(place)  # whole numbers stay whole
+    assert len(Place.of(early, batches=10).history) == 3
+    found.add_row(place.history[1])
+    assert Place.of(found.state(), batches=10).history == [*place.history, place.history[1]]
+    assert (tmp_path / "place.pt").stat().st_size < 2000 * 35  # bytes: no names of columns in every row

@@ -1,7 +1,7 @@
 """Where a run is, and sums of its losses that do not make the host wait."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -39,7 +39,10 @@ class Place:
     arrays: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._lines = [json.dumps(row) for row in self.history]
+        self._columns: list[str] = []
+        self._text = bytearray(_line(self._columns))
+        for row in self.history:
+            self._note(row)
 
     def advance(self, batches: int, updated: bool) -> None:
         """Counts one batch; after `batches` of them the next epoch begins."""
@@ -51,24 +54,47 @@ class Place:
     def add_row(self, row: dict[str, float]) -> None:
         """Appends a row of history, from which on sums count anew."""
         self.history.append(row)
-        self._lines.append(json.dumps(row))
+        self._note(row)
         self.sums, self.seconds = {}, 0.0
 
+    def _note(self, row: Mapping[str, float]) -> None:
+        """Keeps a row as text: its values, behind the names of its columns where these are others."""
+        if list(row) != self._columns:
+            self._columns = list(row)
+            self._text += _line(self._columns)
+        self._text += _line(list(row.values()))
+
     def state(self) -> dict[str, Any]:
-        """As plain values. The history is one text: copied row by row it would cost more at every save."""
+        """As plain values and a tensor: the history's text, which made anew would cost more at every save."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "history": "\n".join(self._lines)}
+        return {**values, "history": torch.frombuffer(self._text, dtype=torch.uint8).clone()}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], batches: int) -> "Place":
         """The place of a `state`; an epoch of `batches` batches that it ended in is left."""
         values = dict(state)
-        if isinstance(values["history"], str):
-            values["history"] = [json.loads(line) for line in values["history"].splitlines()]
+        values["history"] = list(_rows(values["history"]))
         place = cls(**values)
         if place.batch >= batches:
             place.epoch, place.batch = place.epoch + 1, 0
         return place
+
+
+def _line(values: list[Any]) -> bytes:
+    return f"{json.dumps(values)}\n".encode()
+
+
+def _rows(text: Tensor | str) -> Iterator[dict[str, float]]:
+    """The rows of a saved history; one that is no tensor has the names in every row."""
+    lines = text if isinstance(text, str) else text.numpy().tobytes().decode()
+    columns: list[str] = []
+    for values in map(json.loads, lines.splitlines()):
+        if isinstance(values, dict):
+            yield values
+        elif all(isinstance(value, str) for value in values):
+            columns = values
+        else:
+            yield dict(zip(columns, values, strict=True))
 
 
 class Meter:
