@@ -85,6 +85,19 @@ def test_each_teachers_losses_weigh_by_its_share():
     assert any("<- wide output" in line for line in lines)
 
 
+def test_each_teacher_may_have_taps_of_its_own():
+    alone = ["teacher.train=null", "teachers.wide.train=null", "method=fitnet"]
+    parts = assemble(
+        recipe(*alone, "taps={teacher: {stage3: stage3}, wide: {stage3: stage3, stage2: stage2}}")
+    )
+    distiller, _ = parts.distiller(parts.sample(6))
+    assert [len(pairs) for pairs in distiller.pairs_by_teacher.values()] == [1, 2]
+    assert parts.recipe.taps_of() == {"stage3": "stage3"}
+    assert recipe("taps={stage3: stage2}").taps_of("wide") == {"stage3": "stage2"}
+    with pytest.raises(UserError, match=r"name each of them once \(teacher, wide\), not wdie"):
+        recipe("taps={wdie: {stage3: stage3}}")
+
+
 def test_a_run_makes_both_once_tells_them_apart_and_resumes(diffkd, tmp_path):
     words = ["distill", "digits-8x8", *SHORT, *WIDE, "teachers.wide.train={epochs: 1}"]
     env = {"DIFFKD_CACHE": str(tmp_path / "cache")}

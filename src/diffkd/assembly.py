@@ -177,8 +177,9 @@ class Parts:
         recipe, classes = self.recipe, [method_class(name) for name in self.recipe.method]
         if recipe.teacher is None or recipe.teacher.train is not None or self.sample(1).targets is None:
             return True
-        if recipe.taps is not None:
-            return any(not layer.partition("[")[0] for layer in recipe.taps.values())
+        taps = recipe.taps_of()
+        if taps is not None:
+            return any(not layer.partition("[")[0] for layer in taps.values())
         return any(kind.uses_logits and kind.stages == "none" for kind in classes)
 
     def distiller(self, sample: Batch) -> tuple[Distiller, list[str]]:
@@ -196,7 +197,7 @@ class Parts:
             distiller = Distiller(
                 self.student.model,
                 taught if len(taught) > 1 else taught.get("teacher"),
-                self.recipe.taps,
+                self.recipe.taps if len(taught) > 1 else self.recipe.taps_of(),
                 methods,
                 sample,
                 task=self.task,

@@ -121,7 +121,7 @@ class Recipe(Section):
         teachers: further teachers by name, each as `teacher`: every method learns from each of them.
         method: the methods by name, each with its weight and options.
         taps: layers of the student by their paths, each with the layer of the teacher that it learns from;
-            null chooses them.
+            null chooses them. With `teachers` it may hold such a mapping for each teacher by its name.
         optimizer: kind and options.
         schedule: how the learning rate changes over the run.
         trainer: the loop.
@@ -140,7 +140,7 @@ class Recipe(Section):
     teachers: dict[str, TeacherRecipe] = Field(default_factory=dict)
     student: ModelRecipe
     method: dict[str, MethodRecipe] = Field(default_factory=dict)
-    taps: dict[str, str] | None = None
+    taps: dict[str, str] | dict[str, dict[str, str]] | None = None
     optimizer: OptimizerRecipe = Field(Sgd(), discriminator="name")
     schedule: ScheduleRecipe = Field(CosineSchedule(), discriminator="name")
     trainer: TrainerRecipe = TrainerRecipe()
@@ -164,12 +164,23 @@ class Recipe(Section):
         odd = [name for name in self.teachers if not name.isidentifier() or name == "teacher"]
         if odd:
             raise ValueError(f"teachers are called by words of letters, digits and _, not '{odd[0]}'")
+        named = {name for name, layer in (self.taps or {}).items() if isinstance(layer, dict)}
+        if named and named != {*self.every_teacher}:
+            names = ", ".join(self.every_teacher) or "there is none"
+            raise ValueError(
+                f"taps by teacher name each of them once ({names}), not {', '.join(sorted(named))}"
+            )
         return self
 
     @property
     def every_teacher(self) -> dict[str, TeacherRecipe]:
         """All teachers by name; the first is called `teacher`."""
         return {} if self.teacher is None else {"teacher": self.teacher, **self.teachers}
+
+    def taps_of(self, teacher: str = "teacher") -> dict[str, str] | None:
+        """The taps of one teacher; None chooses them."""
+        own = (self.taps or {}).get(teacher)
+        return own if isinstance(own, dict) else self.taps  # type: ignore[return-value]
 
     @property
     def task_weight(self) -> float:

@@ -59,7 +59,8 @@ def check_head(recipe: Recipe, task: Task, name: str, teacher: Side) -> None:
     """
     if not teacher.fresh_head or recipe.every_teacher[name].train is not None:
         return
-    tapped = bool(task.logits) if recipe.taps is None else "" in recipe.taps.values()
+    taps = recipe.taps_of(name)
+    tapped = bool(task.logits) if taps is None else "" in taps.values()
     logits = [name for name in recipe.method if tapped and method_class(name).uses_logits]
     key = name if name == "teacher" else f"teachers.{name}"
     if logits:

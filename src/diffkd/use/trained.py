@@ -17,7 +17,7 @@ def as_trained(recipe: Recipe, folder: RunFolder, teacher_weights: str | None, w
     found: dict[str, Any] = {
         "student": recipe.student.model_copy(update={"weights": weights, "weights_by_order": False})
     }
-    found["teachers"] = {}
+    found |= {"teachers": {}, "taps": recipe.taps_of()}
     if recipe.teacher is not None:
         found["teacher"] = recipe.teacher.model_copy(update={"weights": teacher_weights, "train": None})
     return recipe.model_copy(update=found)
