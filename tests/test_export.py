@@ -1,6 +1,7 @@
 """The student in other formats gives the same answers."""
 
 import json
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -9,12 +10,16 @@ import torch
 from torch import nn
 
 from diffkd import load_student
+from diffkd.batch import Batch
 from diffkd.data.base import Data
 from diffkd.models.base import Preprocess
 from diffkd.models.detectors import build
 from diffkd.pictures.view import TestView
+from diffkd.recipe.sides import Side
 from diffkd.tasks.detection import Detection
+from diffkd.tasks.segmentation import Segmentation
 from diffkd.use.deploy import Standing, deployed, distance, examples
+from diffkd.use.export import ExportOptions, _standing
 from diffkd.use.runtime import Onnx, loaded, write
 from diffkd.use.student import Student
 
@@ -144,3 +149,14 @@ def test_a_detector_leaves_with_its_postprocessing(tmp_path, kind, to):
         boxes, _, labels = deployed(student, False, images)(padded)
         assert torch.equal(answer["labels"], labels + 1)
         assert torch.allclose(answer["boxes"], boxes, atol=0.01)
+
+
+def test_a_file_that_normalises_stands_in_for_a_model_whose_task_cuts_and_pads():
+    data, prepare = Data(range(0), range(0), 3, (3, 16, 16)), Preprocess((0.4,) * 3, (0.2,) * 3, None, 3)
+    task, model = Segmentation(data), nn.Conv2d(3, 3, 3, padding=1).eval()
+    student = Student(model, prepare, TestView("whole"), task, ("a", "b", "c"), {"model": "conv"})
+    batch = Batch(torch.randint(0, 256, (2, 3, 20, 24), dtype=torch.uint8))
+    parts, options = SimpleNamespace(task=task, data=data), ExportOptions(with_preparation=True)
+    side = _standing(deployed(student, True, batch.images), student, parts, options)
+    expected = Side("conv", model, prepare).forward(task, batch)
+    assert torch.allclose(side.forward(task, batch), expected, atol=1e-4)

@@ -1,9 +1,13 @@
 """diffkd: knowledge distillation for vision, with Knowledge Diffusion (NeurIPS 2023) at its heart."""
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Nothing here shows tqdm's bars; that they lack ipywidgets would be the first thing a notebook says.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from diffkd.batch import Batch

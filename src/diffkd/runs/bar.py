@@ -63,9 +63,10 @@ class ProgressBar:
         if self._live is not None:
             self._live.stop()
 
-    def step(self, steps: int, images: int) -> None:
-        """So many steps done, on so many images."""
+    def step(self, steps: int, images: int, what: str = "") -> None:
+        """So many steps done, on so many images; and where that is, in words."""
         self._done += steps
+        self._text = what or self._text
         self._images += images
         if isinstance(self._live, _Cell):
             self._live.refresh()

@@ -200,7 +200,7 @@ class Trainer:
             updates = (place.batch + 1) % self.recipe.trainer.accumulate == 0
             self.meter.add(self._step(batch, place, updates), place.step + 1)
             place.advance(self.batches_per_epoch, updates)
-            bar.step(updates, len(batch.images) * self.fabric.world_size)
+            bar.step(updates, len(batch.images) * self.fabric.world_size, self.length.told(place.step))
             if updates:
                 self._after_update(place, bar, stop)
             if place.epoch != epoch or place.step >= self.length.last or place.ended:

@@ -11,6 +11,7 @@ from diffkd.assembly import Parts
 from diffkd.batch import Batch, Frame
 from diffkd.errors import UserError
 from diffkd.features.outputs import class_scores
+from diffkd.models.base import Preprocess
 from diffkd.tasks.base import Task
 from diffkd.tasks.detection import Detection
 from diffkd.use.runtime import Answers, Runtime
@@ -158,19 +159,33 @@ class Standing(nn.Module):
     Args:
         run: the file as a function.
         task: of the student.
+        undo: of a file that normalises by itself, the normalisation that the task's pictures have had: tasks
+            that pad and cut pictures do so with normalised ones.
+        channels: that such a file takes.
     """
 
-    def __init__(self, run: Runtime, task: Task) -> None:
+    def __init__(
+        self, run: Runtime, task: Task, undo: Preprocess | None = None, channels: int | None = None
+    ) -> None:
         super().__init__()
+        self._undo, self._channels = (undo,), channels
         self._run = (run,)  # as a module it would be asked to train
         self._detects = isinstance(task, Detection)
         self._size: tuple[int, int] | None = getattr(run, "size", None)
 
     def forward(self, images: Any) -> Any:
         """Class scores of pictures, or torchvision's answers of a detector, labels from 1."""
+        if self._undo[0] is not None:
+            images = self._raw(images, self._undo[0])
         if not self._detects:
             return self._run[0](images)
         return [self._boxes(image[None]) for image in images]
+
+    def _raw(self, images: Tensor, prepare: Preprocess) -> Tensor:
+        """Normalised pictures as the uint8 that they came of; what was zero becomes the mean colour."""
+        raw = ((images * prepare.std + prepare.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        count = self._channels or raw.shape[1]
+        return raw[:, :count] if count <= raw.shape[1] else raw.expand(-1, count, -1, -1)
 
     def _boxes(self, image: Tensor) -> dict[str, Tensor]:
         if self._size is not None:

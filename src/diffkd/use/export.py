@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffkd import __version__
 from diffkd.assembly import Parts, assemble
-from diffkd.errors import UserError, nearest
+from diffkd.errors import UserError, first_line, nearest
 from diffkd.maths.randomness import seed_everything
 from diffkd.recipe.schema import load
 from diffkd.recipe.sides import Side
@@ -257,8 +257,14 @@ def _measure(
 
 def _standing(runtime: Runtime, student: Student, parts: Parts, options: ExportOptions) -> Side:
     """An exported file in the student's place."""
-    prepare: Any = nn.Identity() if options.with_preparation else student.prepare
-    return Side(student.config["model"], Standing(runtime, parts.task), prepare)
+    prepare: Any = student.prepare
+    if not options.with_preparation:
+        standing = Standing(runtime, parts.task)
+    elif parts.task.resizes or isinstance(parts.task, Detection):
+        standing, prepare = Standing(runtime, parts.task), nn.Identity()
+    else:
+        standing = Standing(runtime, parts.task, student.prepare, parts.data.image_shape[0])
+    return Side(student.config["model"], standing, prepare)
 
 
 def _reproduce(side: Side, student: Student, parts: Parts, say: Callable[[str], None]) -> None:
@@ -281,7 +287,15 @@ def _recorded(student: Student, parts: Parts, what: str) -> str:
 
 def _figures(side: Side, parts: Parts) -> dict[str, float]:
     loader = parts.loader(parts.data.test, shuffle=False)
-    return dict(evaluate(side, parts.task, loader).scalars)
+    try:
+        return dict(evaluate(side, parts.task, loader).scalars)
+    except UserError:
+        raise
+    except Exception as error:  # of any runtime
+        raise UserError(
+            f"what was exported cannot answer for the test data: {first_line(error)}; dynamic_size=true and "
+            "dynamic_batch=true let it take pictures of other sizes and numbers"
+        ) from error
 
 
 def _folder(
