@@ -1,5 +1,6 @@
 """Lists of pictures as other programs write them, pictures of telephones, what `check` reads of them."""
 
+import re
 import sys
 import types
 
@@ -74,6 +75,26 @@ def test_what_tables_say_besides_is_used_or_said(tmp_path):
     assert told(data, "'Dog' and 'dog' differ in capitals alone")
     listing(tmp_path, "cat/0.png,0.5", "cat/1.png,0.5", "dog/0.png,1.5", "dog/1.png,1.5")
     assert told(build(tmp_path, "table"), "taken for names of classes", "'0.5', '1.5'")
+
+
+def test_no_row_is_lost_or_cut_in_silence(tmp_path):
+    tree(tmp_path, count=4)
+    rows = [f"{name}/{i}.png,{i % 2}" for name in ("cat", "dog") for i in range(4)]
+    listing(tmp_path, *rows[1:], header=rows[0])  # labels that are called as files are
+    data = build(tmp_path, "table", val_fraction=0.5)
+    assert told(data, "names no columns: 'path', 'label'")
+    assert not told(data, "paths begin in")
+    assert sorted(data.train.source.source.paths) == [row[:9] for row in rows]
+    for row, words in (
+        ('cat/1.png,"cat', "row 3 of .*over several lines: a quotation mark"),
+        ("cat/1.png,big cat, black", "row 3 of .*3 fields for 2 columns: put texts"),
+        ("cat/1.png,NaN", "no label in row 3"),
+    ):
+        listing(tmp_path, "cat/0.png,dog,,", row, "dog/1.png,dog")
+        assert re.search(words, error(tmp_path, "table"))
+    split = [f"{row},{('train', 'val', '', 'later')[i % 4]}" for i, row in enumerate(rows)]
+    listing(tmp_path, *split, header="path,label,split")
+    assert told(build(tmp_path, "table"), "'train', 'val'; 4 rows that say '', 'later' are left out")
 
 
 def test_the_file_to_test_on_has_many_names_and_perhaps_no_labels(tmp_path):

@@ -111,6 +111,9 @@ def _by_column(table: PictureList) -> list[PictureList]:
     shown = quoted([*(name for name in TRAIN_NAMES if name in names), *tests[:1]])
     told = f"rows of '{table.file.name}' are taken as its column of splits says: {shown}"
     told += f", not {quoted(tests[1:])}" * (len(tests) > 1)
+    others = [name for name in table.splits.tolist() if name not in (*TRAIN_NAMES, *TEST_NAMES)]
+    if others:
+        told += f"; {len(others)} rows that say {quoted(list(dict.fromkeys(others)), 4)} are left out"
     train = table.part(TRAIN_NAMES)
     train = train._replace(notes=(*train.notes, told))
     return [train, *(table.part([name]) for name in tests[:1])]

@@ -19,6 +19,7 @@ from diffkd.pictures.splits import inside
 
 _PATHS = ("path", "filename", "file_name", "file", "filepath", "file_path", "image", "image_path", "img")
 _LABELS = ("label", "class", "class_name", "category", "target", "labels", "y")
+_NO_LABEL = ("", "nan")
 _SPLITS = ("split", "subset", "set", "partition")
 
 Labels = Literal["needed", "if there", "if named", "ignored"]
@@ -71,9 +72,9 @@ def read_list(
         check_text(file)
         with open_rows(file) as rows:
             notes: tuple[str, ...] = ()
-            holding = [i for i, cell in enumerate(rows.columns) if there.leads(cell)]
-            if path_column is None and len(holding) == 1:
-                rows = rows.without_names(_names(len(rows.columns), holding[0]))
+            place = there.leading(rows.columns) if path_column is None else None
+            if place is not None:
+                rows = rows.without_names(_names(len(rows.columns), place))
                 notes = (f"'{file.name}' names no columns: {quoted(rows.columns)} are taken",)
             asked = (path_column, label_column)
             columns = _columns(file, rows, there, asked, labels)
@@ -107,8 +108,7 @@ def _columns(
     labels: Labels,
 ) -> _Columns:
     names, first = rows.columns, rows.first
-    likely = [i for i, cell in enumerate(first) if i < len(names) and there.leads(cell)]
-    path = _column(file, names, asked[0], "path", _PATHS, likely=likely[0] if len(likely) == 1 else None)
+    path = _column(file, names, asked[0], "path", _PATHS, likely=there.leading(first[: len(names)]))
     assert path is not None
     guessed = names[path].lower() not in _PATHS
     other = 1 - path if len(names) == 2 and guessed and labels != "if named" else None
@@ -184,11 +184,13 @@ class _Read:
         path_place, label_place, split_place = self.columns
         needed = max(place for place in self.columns if place is not None)
         every = chain([rows.first] if rows.first else [], rows.rest)
+        width = len(rows.columns)
         for line, row in enumerate(filter(None, every), rows.line):
             whole = needed < len(row)
+            self._check(line, row, width)
             path = row[path_place] if path_place < len(row) else ""
             label = row[label_place].strip() if whole and label_place is not None else ""
-            if not path or (label_place is not None and not label):
+            if not path or (label_place is not None and label.lower() in _NO_LABEL):
                 if not any(map(str.strip, row)):
                     continue
                 raise UserError(f"'{self.file}' has no {'label' if path else 'path'} in row {line}")
@@ -200,6 +202,18 @@ class _Read:
             if split_place is not None:
                 split = row[split_place].strip().lower() if whole else ""
                 self.parts.append(self.splits.setdefault(split, len(self.splits)))
+
+    def _check(self, line: int, row: list[str], width: int) -> None:
+        """Refuses a row that is read otherwise than it was meant."""
+        if any("\n" in cell for cell in row):
+            raise UserError(
+                f"row {line} of '{self.file}' goes over several lines: a quotation mark in it is not closed"
+            )
+        if any(map(str.strip, row[width:])):
+            raise UserError(
+                f"row {line} of '{self.file}' has {len(row)} fields for {width} columns: put texts with the "
+                "mark that separates columns in quotation marks"
+            )
 
     def _missing(self, line: int, path: str) -> str:
         if (self.file.parent / path.replace("\\", "/")).exists():
@@ -263,9 +277,20 @@ class Places:
         self._settled = True
         return path
 
-    def leads(self, cell: str) -> bool:
-        """Whether a cell of a table is the path of a picture, with its ending or without."""
-        return Path(cell.strip()).suffix.lower() in ENDINGS or self.find(cell) is not None
+    def leading(self, cells: Sequence[str]) -> int | None:
+        """Which one of a table's cells is the path of a picture; None where none is, or several are.
+
+        An ending says it; without one the file must be there.
+        """
+        ending = [i for i, cell in enumerate(cells) if Path(cell.strip()).suffix.lower() in ENDINGS]
+        found = ending or [i for i, cell in enumerate(cells) if self._probe().find(cell) is not None]
+        return found[0] if len(found) == 1 else None
+
+    def _probe(self) -> "Places":
+        """One that looks in its place: a label that is called as a file is settles nothing."""
+        probe = Places(self.folder)
+        probe._there = self._there
+        return probe
 
     def _named(self, path: str) -> str | None:
         """The file of that name, or of that name and an ending."""
