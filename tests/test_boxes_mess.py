@@ -1,6 +1,7 @@
 """Box files as people have them: other names of splits, other spellings, shares where pixels belong."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -117,6 +118,47 @@ def test_names_are_text_and_classes_without_a_box_are_said(tmp_path):
 def test_lines_that_are_no_boxes_are_named(tmp_path, line, words):
     with pytest.raises(UserError, match=words):
         build(str(yolo(tmp_path, line)))
+
+
+def test_keypoints_of_yolo_are_no_polygons(tmp_path):
+    line = "0 0.5 0.5 0.4 0.4 0.6 0.6 0 0 0.4 0.5 0.7 0.7"
+    yolo(tmp_path, line)
+    assert told(build(str(tmp_path)), "3 polygons", "if they are boxes with keypoints", "needs kpt_shape")
+    (tmp_path / "data.yaml").write_text(
+        "train: images/train\nval: images/val\nnames: [a]\nkpt_shape: [4, 2]\n"
+    )
+    data = build(str(tmp_path))
+    assert not told(data, "polygons")
+    assert data.test[0][1]["boxes"][0].tolist() == pytest.approx([19.2, 19.2, 44.8, 44.8])
+    yolo(tmp_path, line + " 0.1")
+    with pytest.raises(UserError, match=r"14 words; .* kpt_shape: \[NUMBER, 2 or 3\]"):
+        build(str(tmp_path))
+    yolo(tmp_path, "0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5")
+    (tmp_path / "data.yaml").unlink()
+    assert not told(build(str(tmp_path)), "keypoints")
+
+
+def test_text_in_utf16_is_read_and_what_is_no_file_is_not_waited_for(tmp_path):
+    root = box_files.coco(tmp_path / "coco", COUNTS)
+    (root / "test.json").write_text((root / "test.json").read_text(), "utf-16")
+    assert sizes(root)[:2] == (4, 2)
+    os.mkfifo(root / "val.json")
+    assert told(build(str(root)), "'val.json' is none, and left out")
+    content = json.loads((root / "train.json").read_text())
+    content["annotations"][0]["bbox"][2] = 10**400
+    (root / "train.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"bbox 10{50,}, no number"):
+        build(str(root))
+    root = box_files.voc(tmp_path / "voc", COUNTS)
+    (root / "ImageSets/Main/test.txt").write_text("test0\n", "utf-8-sig")
+    assert len(build(str(root)).test) == 1
+    for name in ("voc/Annotations/test0.xml", "yolo/labels/test/0.txt", "other/data.yaml"):
+        root = tmp_path / name.partition("/")[0]
+        root.exists() or box_files.yolo(root, COUNTS)
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"cannot read .*{name}': it is not a regular file"):
+            build(str(root))
 
 
 def test_objects_in_a_namespace_count_and_those_without_a_box_are_said(tmp_path):

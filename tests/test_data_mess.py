@@ -142,6 +142,17 @@ def test_an_unreadable_test_picture_is_left_out_not_replaced(tmp_path):
         list(Loader(build(tmp_path).test, 3, shuffle=False).epoch())
 
 
+def test_further_frames_are_said(tmp_path):
+    tree(tmp_path, count=10)
+    for i in range(2):
+        frames = [Image.new("L", (8, 8), level) for level in (10 * i, 200)]
+        frames[0].save(tmp_path / "cat" / f"x{i}.tif", save_all=True, append_images=frames[1:])
+    data = build(tmp_path, val_fraction=0.1)
+    assert told(
+        data, "2 of 20 pictures looked at hold several frames or pages", "x0.tif", "the first is taken"
+    )
+
+
 # 16 bits, many pixels, other formats
 
 

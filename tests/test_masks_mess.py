@@ -39,6 +39,36 @@ def test_a_picture_that_is_none_is_put_up_with_on_request(tmp_path):
     assert [line.split("'")[1][-5:] for line in lines] == ["1.png", "2.png"]
 
 
+def test_indices_that_mean_several_colours_are_refused(tmp_path):
+    root, colours = street(tmp_path), [0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255]
+    for shift, place in enumerate(sorted((root / "masks").glob("*/*.png"))):
+        classes = np.minimum(np.asarray(Image.open(place)), 3)
+        mask = Image.fromarray((classes + shift) % 4, "P")
+        mask.putpalette(np.roll(colours, 3 * shift).tolist())
+        mask.save(place)
+    with pytest.raises(
+        UserError, match=r"index \d of their palettes is \(.*\) in mask '.*' and \(.*red green blue"
+    ):
+        build(str(root))
+    (root / "classes.txt").write_text("0 0 0 road\n255 0 0 kerb\n0 255 0 car\n0 0 255 void\n")
+    assert {int(v) for _, mask in build(str(root)).test for v in mask.unique()} == {0, 1, 2, 255}
+
+
+def test_greys_of_a_palette_that_are_not_its_indices_are_said(tmp_path):
+    root = street(tmp_path)
+    for place in (root / "masks").glob("*/*.png"):
+        Image.open(place).save(place.with_suffix(".gif"))
+        place.unlink()
+    assert any("3 of '" in n and "' is grey 255: where colours say" in n for n in build(str(root)).notes)
+
+
+def test_a_table_of_classes_that_has_no_end_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match="'/dev/zero' cannot be read as a list of classes: it is not a regular"
+    ):
+        build(str(street(tmp_path)), classes="/dev/zero")
+
+
 def test_masks_of_negative_values_are_named(tmp_path):
     root = street(tmp_path)
     (root / "masks" / "train" / "1.png").unlink()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
@@ -90,16 +91,26 @@ def content_of(picture: Path | bytes) -> bytes:
     Raises:
         ValueError: there are none, or it is not a regular file.
     """
-    _check_regular(picture)
+    _check_content(picture)
     return picture if isinstance(picture, bytes) else picture.read_bytes()
 
 
-def _check_regular(picture: Path | bytes) -> None:
-    found = None if isinstance(picture, bytes) else picture.stat()
-    if found is not None and not S_ISREG(found.st_mode):
-        raise ValueError("it is not a regular file")
-    if not (picture if found is None else found.st_size):
+def _check_content(picture: Path | bytes) -> None:
+    if not (picture if isinstance(picture, bytes) else regular_size(picture)):
         raise ValueError("it is empty (0 bytes)")
+
+
+def regular_size(place: Path) -> int:
+    """Bytes of a regular file.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is something else: a pipe would be waited for, a device has no end.
+    """
+    found = place.stat()
+    if not S_ISREG(found.st_mode):
+        raise ValueError("it is not a regular file")
+    return found.st_size
 
 
 def _open(picture: Path | BytesIO) -> Image.Image:
@@ -267,7 +278,7 @@ def header(picture: Path | bytes | Image.Image, name: str) -> Header:
     try:
         if isinstance(picture, Image.Image):
             return Header(picture.height, picture.width, is_deep(picture))
-        _check_regular(picture)
+        _check_content(picture)
         with _open(picture if isinstance(picture, Path) else BytesIO(picture)) as found:
             told = "exif" in found.info or found.format == TiffImageFile.format  # a PNG would be decoded
             width, height = found.size
@@ -276,6 +287,30 @@ def header(picture: Path | bytes | Image.Image, name: str) -> Header:
             return Header(height, width, is_deep(found))
     except Exception as error:
         raise unreadable(name, error) from error
+
+
+def frames(picture: Path | bytes | Image.Image) -> int:
+    """Frames of an animation, or pages; 1 of JPEGs, of what is opened already, and of what cannot be read."""
+    if isinstance(picture, Image.Image):
+        return 1
+    try:
+        with opened(picture) as found:
+            return 1 if isinstance(found, JpegImageFile) else int(getattr(found, "n_frames", 1))
+    except Exception:
+        return 1
+
+
+def used_colours(place: Path) -> dict[int, tuple[int, int, int]]:
+    """Red, green and blue of the indices that a picture with a palette uses; empty of any other."""
+    try:
+        with opened(place) as found:
+            if found.mode != "P":
+                return {}
+            parts = found.getpalette("RGB") or []
+            used = np.unique(np.asarray(found)).tolist()
+    except Exception:  # it will be named where it is wanted
+        return {}
+    return {i: (parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in used if 3 * i + 2 < len(parts)}
 
 
 def loses(picture: Image.Image, place: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffkd.errors import UserError
-from diffkd.pictures.decoding import Header, deep_values, header
+from diffkd.pictures.decoding import ENDINGS, Header, deep_values, frames, header, used_colours
 from diffkd.pictures.files import Item, Source
 from diffkd.pictures.twins import evenly
 
@@ -59,6 +59,7 @@ def look_over(train: Source, test: Source) -> Looked:
     are each scaled by their own depth, as `decode` does.
     """
     found, tested = _headers(train), _headers(test)
+    several = _several_frames(train, [place for place, _ in found])
     deep = [place for place, seen in found if seen.deep]
     levels: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
@@ -70,6 +71,7 @@ def look_over(train: Source, test: Source) -> Looked:
             f"{many} of {len(found) + len(tested)} pictures looked at are 16-bit ones among others: of each, "
             "its own largest value says how many bits it uses",
         )
+    notes += several
     if not found:
         return Looked(None, None, levels, notes)
     sizes = [(seen.height, seen.width) for _, seen in found]
@@ -87,6 +89,47 @@ def _headers(source: Source) -> list[tuple[int, Header]]:
         except UserError:
             continue
     return found
+
+
+def _several_frames(source: Source, places: Sequence[int]) -> tuple[str, ...]:
+    """A note on animations and documents of several pages."""
+    many = [name for name, picture, _ in (source[place] for place in places) if frames(picture) > 1]
+    if not many:
+        return ()
+    return (
+        f"{len(many)} of {len(places)} pictures looked at hold several frames or pages, such as '{many[0]}': "
+        "the first is taken",
+    )
+
+
+def look_at_masks(count: int, place: Callable[[int], Path]) -> tuple[str, ...]:
+    """Looks at some masks with a palette whose indices are the classes, and says what may be otherwise.
+
+    Args:
+        count: how many masks there are.
+        place: the file of each.
+
+    Raises:
+        UserError: an index is one colour in one mask and another in another.
+    """
+    colours: dict[int, tuple[int, int, int]] = {}
+    firsts: dict[int, Path] = {}
+    for path in map(place, evenly(count, _LOOKED_AT)):
+        for index, colour in used_colours(path).items() if path.suffix.lower() in ENDINGS else ():
+            if colours.setdefault(index, colour) != colour:
+                raise UserError(
+                    f"index {index} of their palettes is {colours[index]} in mask '{firsts[index]}' and "
+                    f"{colour} in '{path}': {_COLOURS_WAY}"
+                )
+            firsts.setdefault(index, path)
+    odd = [index for index, (red, *_) in colours.items() if red != index]
+    if not odd or any(len({*colour}) > 1 for colour in colours.values()):
+        return ()
+    shown = f"{odd[0]} of '{firsts[odd[0]]}' is grey {colours[odd[0]][0]}"
+    return (f"warning: indices of the masks' palettes are the classes, and {shown}: {_COLOURS_WAY}",)
+
+
+_COLOURS_WAY = "where colours say the class, data.classes=FILE with 'red green blue name' lines takes them"
 
 
 def _shared_levels(source: Source, deep: Sequence[int]) -> tuple[tuple[int, int] | None, tuple[str, ...]]:

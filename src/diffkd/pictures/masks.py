@@ -20,10 +20,10 @@ from diffkd.pictures.count import Count, Masked, count
 from diffkd.pictures.decoding import decode, loses, opened, unreadable
 from diffkd.pictures.files import IMAGENET_MEAN, IMAGENET_STD, Item, Pictures, Source
 from diffkd.pictures.joint import VOID, JointOptions, size_of
-from diffkd.pictures.look import Placed, look_over
+from diffkd.pictures.look import Placed, look_at_masks, look_over
 from diffkd.pictures.options import quoted
 from diffkd.pictures.scan import Scan
-from diffkd.pictures.tables import ClassTable, Counts, colour_code, settle
+from diffkd.pictures.tables import ClassTable, Counts, colour_code, is_colour, settle
 from diffkd.pictures.twins import shared_pictures
 from diffkd.pictures.view import TestView
 
@@ -302,6 +302,10 @@ def masked_splits(
     notes = (*dict.fromkeys((*train.notes, *test.notes)), *notes, table.told(sums[0]), *_sparse(table, *sums))
     notes += (f"training views of {size[0]}x{size[1]} out of pictures of {height}x{width}, as most are",)
     looked = look_over(*(Placed(len(split), split.picture) for split in (train, test)))
+    if not any(map(is_colour, table.codes)):
+        notes += look_at_masks(
+            len(train) + len(test), lambda i: train.file(i) if i < len(train) else test.file(i - len(train))
+        )
     notes += looked.notes + shared_pictures((len(train), train.picture), (len(test), test.picture))
     return {
         "train": MaskedPictures(train, table, options.view(size), looked.levels, options.max_corrupt),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffkd.errors import UserError
+from diffkd.pictures.decoding import regular_size
 
-_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
+MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
 _BETWEEN = ",;\t|"
 _LOOKED_AT = 20  # lines
 
@@ -36,6 +37,19 @@ class Rows(NamedTuple):
         )
 
 
+def text_of(file: Path) -> str:
+    """A file's text, in UTF-8 or, as its mark says, in UTF-16.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such text, or no regular file.
+    """
+    regular_size(file)
+    content = file.read_bytes()
+    marked = content[:2] in MARKS and len(content) > len(MARKS[0])
+    return content.decode("utf-16" if marked else "utf-8-sig")
+
+
 def check_text(file: Path) -> None:
     """Refuses what is no table in text.
 
@@ -49,7 +63,7 @@ def check_text(file: Path) -> None:
         what = "it is empty"
     elif start[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):
         what = "it is a spreadsheet or an archive, no text: save it as CSV"
-    elif b"\0" in start and start[:2] not in _MARKS:
+    elif b"\0" in start and start[:2] not in MARKS:
         what = "it holds zero bytes, as UTF-16 without its mark does: save it as UTF-8"
     elif start.lstrip()[:1] in (b"{", b"["):
         what = "it is JSON, not a table with columns: save it as CSV"
@@ -66,7 +80,7 @@ def open_rows(file: Path) -> Iterator[Rows]:
         UnicodeDecodeError: it is not text in UTF-8, nor in UTF-16 with its mark.
     """
     with file.open("rb") as start:
-        encoding = "utf-16" if start.read(2) in _MARKS else "utf-8-sig"
+        encoding = "utf-16" if start.read(2) in MARKS else "utf-8-sig"
     with file.open(newline="", encoding=encoding) as lines:
         head = list(islice(lines, _LOOKED_AT))
         comments = next((i for i, line in enumerate(head) if line[:1] != "#"), len(head))

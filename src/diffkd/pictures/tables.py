@@ -12,6 +12,7 @@ import numpy as np
 from diffkd.errors import UserError
 from diffkd.pictures.joint import VOID
 from diffkd.pictures.options import quoted
+from diffkd.pictures.rows import text_of
 
 _VOID_NAMES = ("void", "ignore")
 _MOST = 255  # classes, for 255 is void
@@ -115,9 +116,11 @@ def read_table(place: Path) -> tuple[tuple[str, ...], dict[int, int] | None]:
         UserError: the file cannot be read, or its lines are not alike.
     """
     try:
-        text = place.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "save it as UTF-8 text"
+        text = text_of(place)
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{place}' cannot be read as a list of classes: save it as UTF-8 text") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"'{place}' cannot be read as a list of classes: {reason}") from error
     rows = [_row(line) for line in _lines(text, place) if line and (line[0] != "#" or _HEX.search(line))]
     negative = next((name for _, name in rows if re.match(r"-\d+\b", name)), None)

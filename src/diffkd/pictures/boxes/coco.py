@@ -10,6 +10,7 @@ from typing import Any
 from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated, Collected, check_absent, existing, within
 from diffkd.pictures.options import quoted
+from diffkd.pictures.rows import MARKS, text_of
 
 _KEYS = (b'"images"', b'"annotations"', b'"categories"')
 _KINDS = (b'"bbox"', b'"caption"', b'"segments_info"')
@@ -19,13 +20,19 @@ _OTHERS = ("keypoint", "caption", "panoptic", "image_info", "stuff")  # what lie
 def candidates(folder: Path) -> list[Path]:
     """JSON files that may be instances, in the folder and its folders, in order."""
     places = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
-    return [p for p in places if p.name[0] != "." and not any(o in p.name.lower() for o in _OTHERS)]
+    places = [p for p in places if p.name[0] != "." and not any(o in p.name.lower() for o in _OTHERS)]
+    return [p for p in places if not p.is_dir()]
 
 
 def is_instances(place: Path) -> bool:
     """Whether a file begins as COCO's instances do, and holds neither captions alone nor segments."""
+    if not place.is_file():
+        return False
     with place.open("rb") as opened:
         start = opened.read(1 << 16)
+        if start[:2] in MARKS:
+            start = start.decode("utf-16", "ignore").encode()
+            return b'"bbox"' in start and any(key in start for key in _KEYS)
         if start.lstrip()[:1] != b"{" or not any(key in start for key in _KEYS):
             return False
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -81,8 +88,8 @@ def _id(value: Any) -> Any:
 
 def _content(place: Path, source: str) -> dict[str, Any]:
     try:
-        content = json.loads(place.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        content = json.loads(text_of(place))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read annotations '{place}': {error}") from error
     keys = ("images", "annotations", "categories")
     lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
@@ -115,7 +122,7 @@ def _check_records(records: list[Any], ids: Sequence[str], where: str) -> None:
 def _number(value: Any, source: str, record: dict[str, Any], key: str) -> float:
     try:
         return float("nan") if value is None else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(
             f"{source}: the record {record.get('id')!r} has the {key} {value!r:.60}, no number"
         ) from None
@@ -154,7 +161,7 @@ def _boxes(
         if not isinstance(row, list) or len(row) != 4:
             raise UserError(f"{source}: annotation {a.get('id')!r} has the bbox {row!r}, not four numbers")
         left, top, width, height = (_number(value, source, a, "bbox") for value in row)
-        area = float(a["area"]) if isinstance(a.get("area"), int | float) else float("nan")
+        area = _number(a["area"] if isinstance(a.get("area"), int | float) else None, source, a, "area")
         corners = [left, top, left + width, top + height]
         boxes.setdefault(picture, []).append(
             [*corners, number[category], _number(a.get("iscrowd") or 0, source, a, "iscrowd"), area]

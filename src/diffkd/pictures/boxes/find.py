@@ -14,6 +14,7 @@ from diffkd.pictures.boxes import coco, voc, yolo
 from diffkd.pictures.boxes.annotations import Annotated, existing
 from diffkd.pictures.decoding import ENDINGS
 from diffkd.pictures.options import quoted
+from diffkd.pictures.rows import text_of
 from diffkd.pictures.splits import TEST_NAMES, TRAIN_NAMES, kinds_of
 
 Format = Literal["auto", "coco", "voc", "yolo"]
@@ -66,7 +67,8 @@ def _told(found: Found | None, root: Path, what: str) -> Found:
 
 
 def _coco(root: Path) -> Found | None:
-    places = [place for place in coco.candidates(root) if coco.is_instances(place)]
+    every = coco.candidates(root)
+    places = [place for place in every if coco.is_instances(place)]
     if not places:
         return None
     splits: dict[str, Callable[[], Annotated]] = {}
@@ -78,6 +80,8 @@ def _coco(root: Path) -> Found | None:
             )
         splits[name] = _later(coco.read, place, _pictures_of(place, name, root))
     what = f"COCO JSON ({quoted([p.name for p in places], 4)})"
+    others = [p.name for p in every if p not in places and _split_of(p, root) not in ("", *splits)]
+    what += f"; {quoted(others, 4)} {'are' if len(others) > 1 else 'is'} none, and left out" * bool(others)
     if "" in splits and "train" in splits:
         del splits[""]
         what += f": {quoted([p.name for p in places if not _split_of(p, root)])} is of no split, and left out"
@@ -182,7 +186,7 @@ def _descriptions(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Files that name classes, and what is in them."""
     for place in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
         try:
-            text = place.read_text(encoding="utf-8-sig")
+            text = text_of(place)
             content, texts = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
         except Exception as error:  # a value such as 2026-11-31 raises nearly anything
             raise UserError(f"cannot read '{place}': {first_line(error)}") from error
@@ -197,6 +201,7 @@ def _from_yaml(place: Path, content: dict[str, Any]) -> Found:
     # a path that does not exist here is another machine's: the folder itself is meant
     base = place.parent / str(content.get("path") or ".")
     base = base if base.is_dir() and (base / str(content["train"])).exists() else place.parent
+    points = _points(place, content.get("kpt_shape"))
     splits = {}
     for name in ("train", *TEST_NAMES):
         told = content.get(name)
@@ -204,7 +209,7 @@ def _from_yaml(place: Path, content: dict[str, Any]) -> Found:
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise UserError(f"'{place}': {name} must be a folder, a file of paths, or a list of such")
         if parts:
-            splits[name] = _later(_yolo_splits, place, base, parts, classes)
+            splits[name] = _later(_yolo_splits, place, base, parts, classes, points)
     return Found(f"YOLO ('{place.name}')", splits)
 
 
@@ -220,16 +225,27 @@ def _names(place: Path, names: Any) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _yolo_splits(place: Path, base: Path, told: list[str], classes: tuple[str, ...]) -> Annotated:
+def _points(place: Path, shape: Any) -> int:
+    """Numbers of each box's keypoints, of how many points of how many numbers."""
+    if shape is None:
+        return 0
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+        raise UserError(f"'{place}': kpt_shape must be [points, numbers of each], such as [17, 3]")
+    return int(shape[0] * shape[1])
+
+
+def _yolo_splits(
+    place: Path, base: Path, told: list[str], classes: tuple[str, ...], points: int
+) -> Annotated:
     """The pictures of all that a split names."""
-    parts = [_yolo_split(place, base, name, classes) for name in told]
+    parts = [_yolo_split(place, base, name, classes, points) for name in told]
     if len(parts) == 1:
         return parts[0]
     shared = Path(os.path.commonpath([part.folder for part in parts]))
     return functools.reduce(lambda whole, part: whole.joined(part, shared), parts)
 
 
-def _yolo_split(place: Path, base: Path, told: str, classes: tuple[str, ...]) -> Annotated:
+def _yolo_split(place: Path, base: Path, told: str, classes: tuple[str, ...], points: int) -> Annotated:
     inside = told.replace("\\", "/")
     while inside.startswith("../"):
         inside = inside[3:]
@@ -237,12 +253,19 @@ def _yolo_split(place: Path, base: Path, told: str, classes: tuple[str, ...]) ->
     if where is None:
         raise UserError(f"'{place}' names '{told}', which is not in '{base}'")
     if where.is_dir():
-        return yolo.read(where, _labels_of(where), classes)
-    lines = (line.strip().replace("\\", "/") for line in where.read_text().splitlines())
+        return yolo.read(where, _labels_of(where), classes, points=points)
+    lines = (line.strip().replace("\\", "/") for line in _lines(where))
     listed = [line.removeprefix("./") for line in lines if line]
     pictures = base / "images" if (base / "images").is_dir() else base
     names = {line.rpartition("images/")[2] for line in listed}
-    return yolo.read(pictures, _labels_of(pictures), classes, names)
+    return yolo.read(pictures, _labels_of(pictures), classes, names, points)
+
+
+def _lines(place: Path) -> list[str]:
+    try:
+        return text_of(place).splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read '{place}': {first_line(error)}") from error
 
 
 def _labels_of(pictures: Path) -> Path:
@@ -279,7 +302,8 @@ def _text(root: Path) -> Found | None:
 def _has_boxes(folder: Path) -> bool:
     if not folder.is_dir():
         return False
-    names = (p for p in folder.glob("*.txt") if p.stem not in ("classes", "train", "val", "test", "README"))
+    lists = ("classes", "train", "val", "test", "README")
+    names = (p for p in folder.glob("*.txt") if p.stem not in lists and p.is_file())
     first = next(names, None)
     if first is None or folder.name == "labels" or "labels" in folder.parent.parts[-1:]:
         return first is not None
@@ -292,5 +316,5 @@ def _listed_classes(root: Path) -> tuple[str, ...]:
         return _names(place, content["names"])
     for place in (root / "classes.txt", root / "labels" / "classes.txt", root / "obj.names"):
         if place.is_file():
-            return tuple(line.strip() for line in place.read_text().splitlines() if line.strip())
+            return tuple(line.strip() for line in _lines(place) if line.strip())
     return ()

@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 
 from diffkd.errors import UserError
 from diffkd.pictures.boxes.annotations import Annotated, Collected, check_absent, existing
-from diffkd.pictures.decoding import ENDINGS
+from diffkd.pictures.decoding import ENDINGS, regular_size
 from diffkd.pictures.options import quoted
+from diffkd.pictures.rows import text_of
 
 _MAX_XML = 1 << 22  # bytes: larger ones are no annotations
 
@@ -56,8 +57,7 @@ def read(annotations: Path, pictures: Path, names: Sequence[str] | None = None) 
 def _objects(place: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], float]]]:
     """`(H, W)`, and class, corners and whether it is difficult, of every object of a file."""
     try:
-        content = place.read_bytes()
-        if len(content) > _MAX_XML or b"<!ENTITY" in content:
+        if regular_size(place) > _MAX_XML or b"<!ENTITY" in (content := place.read_bytes()):
             raise ValueError("too large, or with entities of its own")
         root = ElementTree.fromstring(content)
         size = (
@@ -89,7 +89,8 @@ def split_names(folder: Path) -> dict[str, list[str]]:
     for split in ("train", "val", "trainval", "test"):
         place = folder / "ImageSets" / "Main" / f"{split}.txt"
         if place.is_file():
-            found[split] = [line.split()[0] for line in place.read_text().splitlines() if line.strip()]
+            listed = text_of(place).splitlines()
+            found[split] = [line.split()[0] for line in listed if line.strip()]
             twice = [name for name, n in Counter(found[split]).items() if n > 1]
             if twice:
                 raise UserError(f"'{place}' names {quoted(twice)} twice")
