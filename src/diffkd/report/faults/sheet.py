@@ -93,7 +93,8 @@ def _enlarged(picture: Image.Image) -> Image.Image:
 def confusion_picture(matrix: np.ndarray, names: Sequence[str], place: Path) -> None:
     """A confusion matrix `(K, K)` as a PNG: rows are the truth, shades are shares of the row.
 
-    Errors are orange, right answers blue. Up to 60 classes carry their names, up to 20 their counts.
+    Errors are orange, right answers blue. Up to 60 classes carry their names, up to 20 their counts, or the
+    shares where counts are too long.
     """
     count = len(matrix)
     cell = max(2, min(40, 860 // count))
@@ -107,13 +108,14 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], place: Path) -> 
     pen = ImageDraw.Draw(sheet)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     pen.text((min(room, width - long), 4), title, SOFT, font(12))
-    top = 24
+    top, long_counts = 24, matrix.max(initial=0) >= 10_000
     for i in range(count):
         for j in np.flatnonzero(matrix[i]).tolist():
             share, left, up = float(shares[i, j]), room + j * cell, top + i * cell
             pen.rectangle((left, up, left + cell - 1, up + cell - 1), _shade(share, i == j))
             if count <= 20:
-                shown = f"{matrix[i, j]:,}" if matrix[i, j] < 10_000 else f"{100 * share:.0f}%"
+                shown = f"{100 * share:.0f}%" if long_counts else f"{matrix[i, j]:,}"
+                shown = "<1%" if shown == "0%" else shown
                 ink = PAPER if share > 0.55 else INK
                 pen.text((left + cell / 2, up + cell / 2), shown, ink, font(11), anchor="mm")
     pen.rectangle((room - 1, top - 1, room + side, top + side), outline=FAINT)
