@@ -8,6 +8,7 @@ from rich.table import Table
 
 from diffkd.errors import plain
 
+_LONG = 28  # characters of a model's name, above which it takes two lines
 NARROW = 110  # characters of a terminal, below which tables are set for 80
 
 
@@ -43,14 +44,24 @@ def summary_table(
     taught = {} if teacher is None else {"teacher": teacher, **summary.get("teachers", {})}
     for name, each in taught.items():
         score = percent(each[metric]) if metric in each else ""
-        table.add_row(plain(name), plain(each["model"]), score, "", *_costs(each))
+        table.add_row(plain(name), _model(each["model"]), score, "", *_costs(each))
     for name, run in ((f"student{turn}alone", alone), ("student", summary)):
         if run is not None:
             axis = run.get("axis", "epoch")
             best = f"{percent(run['best'][metric])}{turn}({axis} {run['best'][axis]})"
             last = percent(run["last"][metric])
-            table.add_row(name, plain(student["model"]), last, best, *_costs(student))
+            table.add_row(name, _model(student["model"]), last, best, *_costs(student))
     return table
+
+
+def _model(name: str) -> str:
+    """A model's name; a long one on two lines, rather than broken within a word.
+
+    >>> _model("torchvision/retinanet:timm/resnet18").splitlines()
+    ['torchvision/retinanet:', 'timm/resnet18']
+    """
+    head, colon, rest = plain(name).partition(":")
+    return f"{head}:\n{rest}" if colon and len(name) > _LONG else plain(name)
 
 
 def _measured(summary: dict[str, Any]) -> str:
@@ -65,8 +76,17 @@ def _title(summary: dict[str, Any]) -> str:
     )
     if summary["teacher"] is not None:
         ratio = summary["teacher"]["parameters"] / summary["student"]["parameters"]
-        title += f": {max(ratio, 1 / ratio):.1f} times {'fewer' if ratio >= 1 else 'more'} parameters"
+        title += f": {_times(ratio)} parameters"
     return title
+
+
+def _times(ratio: float) -> str:
+    """How many times fewer the student has of something.
+
+    >>> _times(15), _times(0.5)
+    ('15.0 times fewer', '2.0 times more')
+    """
+    return f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.1f} times more"
 
 
 def _costs(side: dict[str, Any]) -> tuple[str, ...]:
