@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from diffkd import load_student
+from diffkd import Run, UserError, load_student
 from diffkd.batch import Batch
 from diffkd.data.base import Data
 from diffkd.models.base import Preprocess
@@ -66,6 +66,15 @@ def test_eight_bits_are_smaller_and_measured(diffkd, run, tmp_path):
     said = {pair.key: pair.value for pair in onnx.load(tmp_path / "a-int8.onnx").metadata_props}
     assert json.loads(said["figures"]) == told["figures"]
     assert json.loads(said["class_names"]) == list("0123456789")
+
+
+def test_python_writes_the_same_and_tells_on_request(run, tmp_path):
+    said = []
+    place = Run(run).export("safetensors", say=said.append, output=str(tmp_path / "a"), verify="full")
+    assert (place, len(said)) == (tmp_path / "a", 2)
+    assert said[1].startswith("top1 of the exported model: ")
+    with pytest.raises(UserError, match="quantize=int8 needs to=onnx"):
+        Run(run).export("timm", quantize="int8")
 
 
 @pytest.mark.parametrize("to", ["torch_export", "torchscript", "safetensors"])

@@ -101,10 +101,21 @@ class Run:
         write_evaluation(found, Path(output) if output else evaluation_folder(folder, found))
         return found.scalars
 
-    def export(self, to: Format = "onnx", **options: Any) -> Path:
-        """Writes the student for another runtime, as `diffkd export` does; gives the file."""
+    def export(
+        self, to: Format = "onnx", say: Callable[[str], Any] = lambda line: None, **options: Any
+    ) -> Path:
+        """Writes the student for another runtime, as `diffkd export` does; gives the file.
+
+        Args:
+            to: the format.
+            say: is told in lines what was written and how it was checked; `print` shows them.
+            options: as of `diffkd.use.export.ExportOptions`: `verify="full"`, `quantize="int8"`.
+
+        Raises:
+            UserError: it cannot be exported so, or its answers or figures differ.
+        """
         wanted = ExportOptions(to=to, trust=self.trust, **options)
-        return export(str(self.folder), wanted, say=lambda line: None)
+        return export(str(self.folder), wanted, say)
 
     def predict(self, pictures: Pictures, output: str | None = None, **options: Any) -> Predicted:
         """The student's answers for files, folders or patterns, as `diffkd predict` writes them.
