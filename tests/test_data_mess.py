@@ -316,6 +316,19 @@ def test_sizes_beyond_all_measure_are_refused(tmp_path):
     assert "data.crop_padding=9" in error(tmp_path, augment="crop", crop_padding=9)
 
 
+def test_labels_that_are_whole_numbers_count_whatever_their_type(tmp_path):
+    from diffkd.data.base import builder
+
+    for y, found in (([0.0, 1.0, 2.0], [0, 1, 2]), ([True, False, True], [1, 0, 1])):
+        for split in ("train", "test"):
+            np.savez(tmp_path / f"{split}.npz", x=np.zeros((3, 4, 4), np.uint8), y=np.array(y))
+        assert builder("arrays")(str(tmp_path)).test.targets.tolist() == found
+    for y in ([0.5, 1.0, 2.0], [np.nan, 0, 1], [1e30, 0, 1], ["a", "b", "c"]):
+        np.savez(tmp_path / "train.npz", x=np.zeros((3, 4, 4), np.uint8), y=np.array(y))
+        with pytest.raises(UserError, match=r"must be integers: np\.unique"):
+            builder("arrays")(str(tmp_path))
+
+
 def test_one_hot_labels_of_arrays_are_named(tmp_path):
     from diffkd.data.base import builder
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffkd.assembly import assemble
 from diffkd.errors import UserError
 from diffkd.recipe.schema import load
 from diffkd.runs.console import Reporter
@@ -139,3 +140,10 @@ def test_fit_runs_in_a_thread(run):
 def test_numbers_beyond_all_machines_and_what_cannot_work_are_refused(run, words):
     with pytest.raises(UserError, match=words.partition("=")[0]):
         run("unused", "method=none", words)
+
+
+def test_an_option_of_a_method_that_no_machine_can_compute_with_is_one_line():
+    words = ["teacher.train=null", "method=diffkd", "method.diffkd.latent_channels=1000000000000"]
+    parts = assemble(load("digits-8x8", words))
+    with pytest.raises(UserError, match="method diffkd: a number of its options is too large"):
+        parts.distiller(parts.sample(2))

@@ -15,6 +15,8 @@ from torch import nn
 from diffkd import Data, DiffKD, Run, load_student
 from diffkd.pictures.view import TestView
 from diffkd.recipe.schema import load
+from diffkd.report.faults.base import write_table
+from diffkd.report.faults.sheet import fitted
 from diffkd.runs.console import Reporter
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
@@ -216,3 +218,15 @@ def test_words_on_boxes_stay_off_each_other_and_on_the_picture():
     assert areas[2] > 500  # the next one below
     assert areas[0] <= outline  # and for the last one there is no place left
     assert (drawn[:, :, 60:100] != 0).any()  # words too long for the place begin further left
+
+
+def test_odd_names_stay_in_their_place(tmp_path):
+    names = ["a\nb", "caf\udce9", "=cmd()", "-1"]
+    write_table(tmp_path / "a.csv", [{"name": name} for name in names])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = [row for (row,) in csv.reader(file)]
+    assert rows == ["name", "a\nb", "caf\\udce9", "'=cmd()", "-1"]
+    assert [fitted(name, 12, 99) for name in names[:2]] == ["a b", "caf\\xdce9"]
+    boxes = torch.tensor([[10.0, 30, 50, 60]]).expand(2, 4)
+    drawn = draw_boxes(Image.new("RGB", (64, 64)), boxes, torch.arange(2), names)
+    assert drawn.any()

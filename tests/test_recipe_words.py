@@ -63,6 +63,26 @@ def test_several_methods_and_lists_need_no_brackets(tmp_path):
     assert parse_override(f"data.classes={tmp_path}/a,b.txt")[1] == f"{tmp_path}/a,b.txt"
 
 
+def test_paths_of_layers_and_home_need_no_quotes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["taps.layer1.0=layer2.0", "optimizer.lr_factors.stage1.0=0.1", "method.diffkd.taps.stage3.1=0.5"]
+    recipe = load("digits", [*words, "output=~/runs", "teacher.weights=~/a.pth", "data.class_weights=1,2.5"])
+    assert recipe.taps == {"layer1.0": "layer2.0"}
+    assert recipe.optimizer.lr_factors == {"stage1.0": 0.1}
+    assert recipe.method["diffkd"].taps == {"stage3.1": 0.5}
+    assert (recipe.output, recipe.teacher.weights) == (f"{tmp_path}/runs", f"{tmp_path}/a.pth")
+    assert recipe.data.class_weights == [1, 2.5]
+
+
+@pytest.mark.parametrize(
+    "word", ["seed=" + "9" * 30, "seed=0x" + "f" * 6000, "trainer.epochs=9223372036854775807"]
+)
+def test_numbers_beyond_all_machines_are_refused(word):
+    with pytest.raises(UserError, match=r"cannot be read|needs at most 2\.14748e\+09"):
+        load("digits", [word])
+    assert load("digits", [f"seed={2**64 - 1}"]).seed == 2**64 - 1
+
+
 def test_words_of_other_places_lead_to_theirs():
     for word, key in (
         ("image_size", "data.image_size"),

@@ -146,6 +146,8 @@ def _runs(number):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "on the accelerator"),
         (MemoryError(), "out of memory; lower data.batch_size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 7 bytes"), "out of memory"),
+        (OverflowError("Numerical result out of range"), "a number is beyond what can be computed with"),
+        (RuntimeError("value cannot be converted to type float without overflow"), "a number is beyond"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower data.workers"),
     ],
 )

@@ -10,12 +10,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffkd.errors import UserError
-from diffkd.models.weights import load_backbone, load_weights
+from diffkd.models.weights import load_backbone, load_state, load_weights, read_weights
 from test_weights import net, same
 
 
 def named(prefix, state):
     return {prefix + key: value for key, value in state.items()}
+
+
+def net_of(state, prefix):
+    model = net()
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return model
 
 
 def load(content, place, model=None, save=torch.save, **options):
@@ -34,6 +40,7 @@ def load(content, place, model=None, save=torch.save, **options):
             "left out (decode_head)",
         ),
         (lambda s: named("_fsdp_wrapped_module.", s), "9 of 9"),
+        (lambda s: {"checkpoint": {"model": {"state_dict": s}}, "log": {}}, "('checkpoint')"),
         (lambda s: {"network": s, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, "('network')"),
         (lambda s: {"checkpoint": {"state_dict": s}, "log": collections.defaultdict(list)}, "('checkpoint')"),
         (lambda s: {"params_ema": s, "params": {k: v * 0 for k, v in s.items()}}, "'params_ema', averaged"),
@@ -59,11 +66,16 @@ def test_plain_weights_go_into_a_model_that_wraps_theirs(tmp_path):
     assert torch.equal(body[0].weight, source[0].weight)
 
 
-def test_two_models_in_one_file_are_not_chosen_between(tmp_path):
+def test_two_models_in_one_file_are_not_chosen_between(tmp_path, monkeypatch):
     both = named("encoder_q.", net().state_dict()) | named("encoder_k.", net().state_dict())
-    with pytest.raises(UserError, match=r"several models that fit, in 'encoder_q\.' and 'encoder_k\.'"):
+    with pytest.raises(
+        UserError, match=r"several models that fit, in 'encoder_q\.' and 'encoder_k\.'"
+    ) as raised:
         load(both, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"holds no weights \(it has: student, teacher"):
+    monkeypatch.chdir(tmp_path)
+    exec(str(raised.value).partition("meant: ")[2])  # the way out that the line says
+    assert same(load(torch.load("one.pth"), tmp_path / "b.pth")[0], net_of(both, "encoder_q."))
+    with pytest.raises(UserError, match=r"\(it has: student, teacher.*x\['student'\], 'one.pth'"):
         load({"student": net().state_dict(), "teacher": net().state_dict()}, tmp_path / "a.pth")
 
 
@@ -80,6 +92,30 @@ def test_a_body_without_a_classifier_leaves_the_head_fresh_and_says_so(tmp_path)
     del body["0.bias"]
     with pytest.raises(UserError, match="3 keys missing"):
         load(body, tmp_path / "a.pth", num_classes=5)
+
+
+def test_a_head_of_another_name_is_not_left_out(tmp_path):
+    source = net()
+    renamed = {
+        ("body." + k if k[0] != "3" else k.replace("3", "fc")): v for k, v in source.state_dict().items()
+    }
+    with pytest.raises(
+        UserError, match=r"2 keys missing \(3\.weight, 3\.bias\).*weights_by_order=true takes"
+    ):
+        load(renamed, tmp_path / "a.pth", num_classes=5)
+    model = net()
+    tensors, said = read_weights(tmp_path / "a.pth")
+    load_state(model, tensors, said, name="net", num_classes=5, by_order=True)
+    assert same(model, source)
+
+
+def test_8_bit_numbers_and_arrays_without_names_are_refused(tmp_path):
+    eight = {k: v.to(torch.float8_e4m3fn) for k, v in net().state_dict().items()}
+    with pytest.raises(UserError, match="is float8_e4m3fn; save it as float32 or half"):
+        load(eight, tmp_path / "a.safetensors", save=save_file)
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    with pytest.raises(UserError, match="an array of NumPy, without names"):
+        load_weights(net(), tmp_path / "a.npy", name="net")
 
 
 def test_content_counts_not_the_ending(tmp_path):

@@ -1,5 +1,6 @@
 """From a recipe to the things that it names: data, task, models, distiller."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from diffkd.runs.identity import Identity, identify
 from diffkd.tasks.base import Task, task_class
 
 _FIRST = 16  # samples whose targets are looked at before any work
+_BEYOND = re.compile(r"overflow|can't allocate memory|not enough memory|invalid size", re.IGNORECASE)
 _SLACK = 0.01  # by which pictures of 0 to 1 may leave that range
 
 
@@ -194,7 +196,7 @@ class Parts:
             scores = ()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            distiller = Distiller(
+            distiller = self._built(
                 self.student.model,
                 taught if len(taught) > 1 else taught.get("teacher"),
                 self.recipe.taps if len(taught) > 1 else self.recipe.taps_of(),
@@ -210,6 +212,19 @@ class Parts:
             )
         distiller.at(0.5)  # for trials, in the middle of schedules: what pulls later pulls then, too
         return distiller, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+    def _built(self, *args: Any, **options: Any) -> Distiller:
+        """A distiller; an option beyond what can be computed with is told in one line."""
+        try:
+            return Distiller(*args, **options)
+        except (OverflowError, MemoryError, RuntimeError, ValueError) as error:
+            beyond = isinstance(error, OverflowError | MemoryError) or _BEYOND.search(str(error))
+            if not beyond:
+                raise
+            raise UserError(
+                f"method {', '.join(self.recipe.method)}: a number of its options is too large "
+                f"({first_line(error)})"
+            ) from error
 
     def step(self, distiller: Distiller) -> "Step":
         """One training step as a module."""

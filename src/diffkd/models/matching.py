@@ -39,10 +39,24 @@ def bare(
         return found, []
     if len(cut) > 1 and cut[1][1] == cut[0][1]:
         both = " and ".join(f"'{prefix}'" for prefix, _ in cut[:2])
-        raise UserError(f"'{source}' holds several models that fit, in {both}; save the one that is meant")
+        part = f"{{k[{len(cut[0][0])}:]: v for k, v in x.items() if k.startswith('{cut[0][0]}')}}"
+        raise UserError(f"'{source}' holds several models that fit, in {both}{several_way(source, part)}")
     prefix = cut[0][0]
     others = sorted({_part(key) for key in found if not key.startswith(prefix)})
     return {key.removeprefix(prefix): v for key, v in found.items() if key.startswith(prefix)}, others
+
+
+def several_way(source: str, part: str) -> str:
+    """How to save one of several models in a file, as the end of an error.
+
+    Args:
+        source: the file, as it is called.
+        part: the expression for the first of them, of the file's content `x`.
+    """
+    return (
+        f"; save the one that is meant: import torch; x = torch.load('{source}', weights_only=True); "
+        f"x = x.get('state_dict', x); torch.save({part}, 'one.pth')"
+    )
 
 
 def _beginnings(long: Mapping[str, Tensor], short: Mapping[str, Tensor]) -> list[tuple[str, int]]:

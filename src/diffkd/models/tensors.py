@@ -84,6 +84,7 @@ _OTHERS = {
     b"\x1f\x8b": "compressed: unpack it with gunzip or tar",
     b"\x89hdf": "an HDF5 file, as Keras writes it: save the weights with PyTorch or safetensors",
     b"\x08": "an ONNX file, it seems: save the weights of the model that it was made of",
+    b"\x93numpy": "an array of NumPy, without names: save the weights with PyTorch or safetensors",
     b"gguf": "a GGUF file: save the weights with PyTorch or safetensors",
 }
 

@@ -12,7 +12,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffkd.errors import UserError
-from diffkd.models.matching import bare, in_order, lacking_head, other_head, without_auxiliary
+from diffkd.models.matching import (
+    bare,
+    in_order,
+    lacking_head,
+    other_head,
+    several_way,
+    without_auxiliary,
+)
 from diffkd.models.tensors import read_tensors
 
 # Where checkpoints keep their tensors; averaged ones come first, for they are what their makers evaluate.
@@ -74,14 +81,16 @@ def load_state(
     wanted = model.state_dict()
     found, others = bare(dict(tensors), wanted, source)
     found, auxiliary = without_auxiliary(found, wanted)
-    ordered = in_order(found, wanted)
+    ordered = in_order(found, wanted) or in_order(tensors, wanted)
     if by_order:
         if ordered is None:
             raise UserError(f"'{source}' does not fit {name}: its order or shapes differ, too")
         found = ordered
     head = other_head(found, wanted, num_classes)
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
-    bodiless = [] if head or not lacking_head(missing, wanted, num_classes) else missing
+    # a classifier of another name may be in it
+    lacks = lacking_head(missing, wanted, num_classes) and ordered is None
+    bodiless = missing if lacks and not head else []
     missing = [] if bodiless else missing
     unexpected = [k for k in found if k not in wanted]
     shapes = [k for k in found if k in wanted and k not in head and found[k].shape != wanted[k].shape]
@@ -238,17 +247,20 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], str]:
     tensors.pop("n_averaged", None)
     if not tensors:
         known = f" (it has: {', '.join(map(str, list(found)[:5]))})" if found else ""
-        raise UserError(f"'{place}' holds no weights{known}")
+        several = [key for key, part in found.items() if isinstance(part, dict) and _holds(part)]
+        way = several_way(place.name, f"x['{several[0]}']") if len(several) > 1 else ""
+        raise UserError(f"'{place}' holds no weights{known}{way}")
     odd = next(
         (k for k, v in tensors.items() if v.is_meta or v.is_quantized or v.layout != torch.strided), None
     )
     if odd is not None:
         raise UserError(f"'{place}': '{odd}' is no plain tensor (quantised, sparse or empty); save it as one")
-    nan = next((k for k, v in tensors.items() if v.is_floating_point() and v.isnan().any()), None)
+    fine = {k: v for k, v in tensors.items() if v.is_floating_point() and v.element_size() > 1}
+    nan = next((k for k, v in fine.items() if v.isnan().any()), None)
     if nan is not None:
         raise UserError(f"'{place}': '{nan}' holds nan: the training that wrote it had failed")
     # minus infinity is what masks of attention hold
-    inf = next((k for k, v in tensors.items() if v.is_floating_point() and v.isposinf().any()), None)
+    inf = next((k for k, v in fine.items() if v.isposinf().any()), None)
     if inf is not None:
         raise UserError(f"'{place}': '{inf}' holds infinite values: the training that wrote it had failed")
     ours = {k.removeprefix(_STUDENT): v for k, v in tensors.items() if k.startswith(_STUDENT)}
@@ -264,10 +276,13 @@ def _nest(content: dict[Any, Any]) -> str:
     return nests[0] if len(nests) == 1 else ""
 
 
-def _holds(content: dict[Any, Any]) -> bool:
-    """Whether there are tensors in an entry, or one deeper."""
-    inner = (v for v in content.values() if isinstance(v, dict))
-    return any(any(True for _ in _tensors(part)) for part in (content, *inner))
+def _holds(content: dict[Any, Any], deeper: int = 3) -> bool:
+    """Whether there are tensors in an entry, or a few deeper."""
+    if any(True for _ in _tensors(content)):
+        return True
+    # an optimizer numbers its tensors
+    inner = (v for k, v in content.items() if isinstance(k, str) and isinstance(v, dict))
+    return deeper > 0 and any(_holds(part, deeper - 1) for part in inner)
 
 
 def _tensors(content: dict[Any, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -286,12 +286,22 @@ def _checked_labels(labels: np.ndarray, count: int, source: Path, first: int) ->
         raise UserError(
             f"labels in '{source}' have the shape {labels.shape}, must be ({count},), one a picture"
         )
+    if labels.dtype == np.bool_ or (labels.dtype.kind == "f" and _are_whole(labels)):
+        labels = labels.astype(np.int64)
     if not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"labels in '{source}' are {labels.dtype}, must be integers")
+        raise UserError(
+            f"labels in '{source}' are {labels.dtype}, must be integers: "
+            "np.unique(y, return_inverse=True)[1] numbers them"
+        )
     for place in (int(np.argmin(labels)), int(np.argmax(labels))):
         if not first <= (label := int(labels[place])) < 2**62:
             raise UserError(f"'{source}' holds the label {label} (at {place}), must be {first} or more")
     return torch.from_numpy(labels.astype(np.int64) - first)
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    """Whether floating-point numbers are whole ones, none too large to be exact."""
+    return bool((np.isfinite(values) & (np.abs(values) < 2**24) & (values == np.round(values))).all())
 
 
 def load_cifar(root: str | None, name: str, download: bool) -> tuple[Arrays, Arrays, tuple[str, ...]]:

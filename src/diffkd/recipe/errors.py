@@ -33,7 +33,7 @@ def first_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
     elsewhere = _elsewhere(model, str(first["loc"][-1])) if first["type"] == "extra_forbidden" else None
     words = [e["ctx"]["expected"] for e in found if _is_word(e) and e["loc"][:-1] == first["loc"][:-1]]
     reason = _reason(first, known)
-    if elsewhere:
+    if elsewhere and elsewhere != shown:
         reason = f"unknown key; did you mean '{elsewhere}'?"
     elif words and not _is_word(first):
         reason = reason.replace(", got ", f", or {words[0]}, got ")

@@ -12,6 +12,7 @@ from diffkd.errors import UserError, first_line, kind_of
 MOST_VALUES = 20_000
 MOST_BYTES = 2**20
 MOST_DEPTH = 50
+MOST_BITS = 64  # of a whole number: a seed's
 
 
 def read_file(place: Path) -> dict[str, Any]:
@@ -85,6 +86,8 @@ def _count(value: Any, depth: int, seen: int) -> int:
         raise yaml.YAMLError("nested too deep")
     if seen > MOST_VALUES:
         raise yaml.YAMLError("it stands for more values than a recipe may hold")
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise yaml.YAMLError(f"a whole number of more than {MOST_BITS} bits")
     if isinstance(value, str) and "\0" in value:  # no file's name can have one
         raise yaml.YAMLError("a text with a null character")
     inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value

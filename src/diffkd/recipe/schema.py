@@ -268,8 +268,17 @@ def load(
     for key in ("root", "unlabelled"):
         if isinstance(data, dict) and isinstance(data.get(key), str):
             data[key] = os.path.abspath(os.path.expanduser(data[key]))  # noqa: PTH100, PTH111
+    _at_home(content, "output")
+    for side in (content.get("student"), *teachers_in(content)):
+        _at_home(side, "weights")
     where = f"recipe '{name}'" if place.is_relative_to(RECIPES) else str(place)
     return _validate(content, f"{where} with the command line" if overrides else where)
+
+
+def _at_home(section: Any, key: str) -> None:
+    """A path that begins with `~/` as a shell would write it out, which does so for few words of ours."""
+    if isinstance(section, dict) and isinstance(place := section.get(key), str) and place[:2] == "~/":
+        section[key] = os.path.expanduser(place)  # noqa: PTH111
 
 
 def _keeps_published(word: str) -> bool:

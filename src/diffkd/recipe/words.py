@@ -24,6 +24,7 @@ _TEXT_OPTIONS |= {
     *("image_ending", "label_ending", "label_field"),
 }
 _SHOWN = 80  # characters of a word in an error
+_BY_LAYER = ("taps", "lr_factors")  # mappings from layers' paths
 _TEXT_LISTS = {"data.classes", "data.class_order", "student.freeze", "teacher.freeze"}
 
 
@@ -44,6 +45,8 @@ def parse_override(override: str) -> tuple[str, Any]:
         return key, _read(key, text, parse_texts)
     if key in _TEXT_LISTS and "," in text and not Path(text).exists():  # shells want brackets quoted
         return key, [part.strip() for part in text.split(",")]
+    if key == "data.class_weights" and "," in text and not listed:
+        return key, _read(key, f"[{text}]", parse)
     section, _, rest = key.partition(".")
     further = section == "teachers" and rest.partition(".")[2] in ("", "model", "weights") and not listed
     if further or key in _TEXT | _TEXT_LISTS or (key.startswith("data.") and key[5:] in _TEXT_OPTIONS):
@@ -122,14 +125,19 @@ def _texts(words: str) -> Any:
 
 
 def keys_of(key: str) -> list[str]:
-    """The parts of `a.b.c`; the name of a method may itself hold dots (`my.losses:MyLoss.power`).
+    """The parts of `a.b.c`; names of methods (`my.losses:MyLoss.power`) and layers may themselves hold dots.
 
     >>> keys_of("method.my_losses.py:MyLoss.power")
     ['method', 'my_losses.py:MyLoss', 'power']
+    >>> keys_of("taps.layer1.0")
+    ['taps', 'layer1.0']
     """
     section, _, rest = key.partition(".")
     where, colon, inside = rest.partition(":")
     if section != "method" or not colon:
-        return key.split(".")
-    name, *options = inside.split(".")
-    return [section, f"{where}:{name}", *options]
+        parts = key.split(".")
+    else:
+        name, *options = inside.split(".")
+        parts = [section, f"{where}:{name}", *options]
+    layers = next((i + 1 for i, part in enumerate(parts) if part in _BY_LAYER), len(parts))
+    return [*parts[:layers], ".".join(parts[layers:])] if parts[layers:] else parts

@@ -77,6 +77,21 @@ def checksum(path: Path) -> int:
     return found
 
 
+def cell(value: Any) -> Any:
+    """A value as a table's cell: before a name that a spreadsheet would run as a formula, an apostrophe.
+
+    >>> cell("=cmd()"), cell("cat"), cell("-1"), cell(0.5)
+    ("'=cmd()", 'cat', '-1', 0.5)
+    """
+    if not isinstance(value, str) or value[:1] not in tuple("=+-@\t\r"):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def first_line(place: Path) -> str:
     """The first line of a file; empty where there is none."""
     try:

@@ -104,6 +104,9 @@ def own_code(what: str) -> Iterator[None]:
         raise UserError(f"{what} fails: {told(error)}") from error
 
 
+_TOO_LARGE = "a number is beyond what can be computed with; look for very large ones, as in optimizer"
+
+
 @contextmanager
 def in_one_line(recipe: Recipe) -> Iterator[None]:
     """Turns what a machine runs out of into one line that says what to lower."""
@@ -114,8 +117,12 @@ def in_one_line(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"out of memory on the accelerator; {less}, or try trainer.precision=bf16") from error
     except MemoryError as error:
         raise UserError(f"out of memory; {less}") from error
+    except OverflowError as error:
+        raise UserError(f"{_TOO_LARGE} ({first_line(error)})") from error
     except RuntimeError as error:
         line = first_line(error)
+        if "without overflow" in line:
+            raise UserError(f"{_TOO_LARGE} ({line})") from error
         if _NO_MEMORY.search(str(error)):
             raise UserError(f"out of memory; {less}") from error
         if line.startswith("DataLoader worker") and "killed" in line:

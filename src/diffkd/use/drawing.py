@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffkd.errors import plain
+
 
 def palette(count: int) -> Tensor:
     """`(count, 3)` uint8: black, then colours far apart; the same for the same class everywhere.
@@ -61,7 +63,7 @@ def legend(names: Sequence[str]) -> Tensor:
     for number, (name, colour) in enumerate(zip(names, palette(len(names)).tolist(), strict=True)):
         top = height * number
         draw.rectangle((4, top + 3, 22, top + 16), fill=tuple(colour))
-        draw.text((28, top + 2), f"{number} {name}", fill="black", font=words)
+        draw.text((28, top + 2), plain(f"{number} {name}"), fill="black", font=words)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
@@ -104,7 +106,7 @@ def draw_boxes(
         pen.rectangle(edges, outline=_bright(label), width=max(1, max(canvas.size) // 320))
     taken: list[tuple[float, float, float, float]] = []
     for (left, top, _, bottom), label, i in found:
-        word = names[label] if scores is None else f"{names[label]} {float(scores[i]):.2f}"
+        word = plain(names[label] if scores is None else f"{names[label]} {float(scores[i]):.2f}")
         across, down = words.getlength(word) + 4, words.size + 3
         x = min(max(left, 0), max(canvas.width - across, 0))
         for y in (top - down, top, bottom):

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffkd.errors import UserError
 from diffkd.pictures.scan import Scan
 from diffkd.runs.console import Reporter
-from diffkd.runs.disk import write_atomically
+from diffkd.runs.disk import cell, write_atomically
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
 from diffkd.tasks.segmentation import Segmentation
@@ -260,7 +260,8 @@ def _table(place: Path, rows: Sequence[dict[str, Any]]) -> None:
         ranks = [f"{what}_{i + 1}" for i in range(most) for what in ("class", "probability")]
         writer.writerow(["picture", *ranks])
         for row in rows:
-            writer.writerow([row["picture"], *(value for best in row["top"] for value in best.values())])
+            values = (value for best in row["top"] for value in best.values())
+            writer.writerow(map(cell, (row["picture"], *values)))
 
 
 def _coco(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:

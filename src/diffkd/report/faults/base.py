@@ -14,7 +14,7 @@ from diffkd.batch import Batch
 from diffkd.data.base import Split
 from diffkd.pictures.files import Pictures
 from diffkd.report.faults.sheet import Row
-from diffkd.runs.disk import write_atomically
+from diffkd.runs.disk import cell, write_atomically
 from diffkd.tasks.base import Figures
 
 SHOWN = 24  # pictures of a sheet
@@ -111,10 +111,10 @@ def write_table(place: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as CSV; what is None stays empty."""
 
     def write(partial: Path) -> None:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]) if rows else ["class"], lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
 
     write_atomically(place, write)
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from diffkd.errors import plain
 from diffkd.runs.disk import write_atomically
 from diffkd.use.drawing import font, picture_of
 
@@ -35,6 +36,7 @@ def fitted(text: str, size: int, room: float) -> str:
     >>> fitted("a long name", 12, 60)[-1], fitted("short", 12, 60)
     ('…', 'short')
     """
+    text = plain(text)  # line breaks in names are none here
     if font(size).getlength(text) <= room:
         return text
     while text and font(size).getlength(f"{text}…") > room:
