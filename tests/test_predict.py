@@ -80,8 +80,9 @@ def test_label_maps_of_pictures(diffkd, pictures, tmp_path):
     (pictures / "more").mkdir()
     for name, mode in (("a.jpg", "CMYK"), ("more/a.png", "L"), ("more/b.png", "RGBA")):  # equal names
         Image.open(pictures / "a.png").convert(mode).save(pictures / name)
-    status, _, err = diffkd("predict", run, pictures, "output=found")
+    status, out, err = diffkd("predict", run, pictures, "output=found")
     assert status == 0, err
+    assert "classes.png says which colour is which class" in out
     student = load_student(run)
     for row in json.loads((tmp_path / "found/predictions.json").read_text()):
         image = student.read(row["picture"])

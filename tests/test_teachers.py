@@ -1,6 +1,7 @@
 """Several teachers in a recipe: made, kept, weighted, judged and told apart."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from diffkd.errors import UserError
 from diffkd.maths.losses import kl_divergence
 from diffkd.recipe.files import code_names
 from diffkd.recipe.schema import dump, load
+from diffkd.report import compare
 from diffkd.report.similarity import similarity
 from diffkd.runs.folder import RunFolder
 from diffkd.runs.identity import difference, identify
+from diffkd.training.teacher import _say_why
 
 WIDE = ["teachers.wide=simple/cnn8", "teachers.wide.share=3"]
 SHORT = ["teacher.model=simple/cnn4", "student=simple/cnn2", "trainer.epochs=1", "trainer.accelerator=cpu"]
@@ -96,6 +99,28 @@ def test_each_teacher_may_have_taps_of_its_own():
     assert recipe("taps={stage3: stage2}").taps_of("wide") == {"stage3": "stage2"}
     with pytest.raises(UserError, match=r"name each of them once \(teacher, wide\), not wdie"):
         recipe("taps={wdie: {stage3: stage3}}")
+
+
+def test_another_teacher_of_the_same_model_is_told_apart(tmp_path, monkeypatch):
+    for number, place in enumerate(("net-old", "net-new")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "recipe.yaml").write_text(dump(recipe().teacher_recipe()))
+        (tmp_path / place / "identity.json").write_text(json.dumps({"data": {"x": str(number)}}))
+    said, reporter = [], SimpleNamespace(note=lambda line: said.append(line))
+    for epochs in (1, 7):
+        wanted = recipe(f"teacher.train.epochs={epochs}").teacher_recipe()
+        _say_why(tmp_path / "net-x", wanted, {"data": {"x": "2"}}, reporter)
+    assert "was made on other data" in said[0]
+    assert said[1].endswith("is another: trainer.epochs is 1 there and 7 here")
+
+
+def test_a_comparison_says_whose_features_are_compared(monkeypatch):
+    monkeypatch.setattr(compare, "similarity", lambda *_: {"tap": {"before": 0.5, "after": None}})
+    notes = []
+    for teachers in ({"wide": None}, {"wide": None}, {}):
+        run = SimpleNamespace(folder=None, recipe=SimpleNamespace(teachers=teachers))
+        assert compare._similarity(run, None, notes)
+    assert notes == ["features are compared with the first teacher's; there were several"]
 
 
 def test_a_run_makes_both_once_tells_them_apart_and_resumes(diffkd, tmp_path):

@@ -111,13 +111,13 @@ def _say_why(place: Path, wanted: Recipe, identity: Identity, reporter: Reporter
     for other in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[:1]:
         folder = RunFolder(other.parent)
         try:
-            why = difference(load(str(folder.recipe_file), trust=True), wanted) or changed(
-                folder.read_identity(), identity
-            )
+            recipe = difference(load(str(folder.recipe_file), trust=True), wanted)
+            data = changed(folder.read_identity(), identity)
         except UserError:
             continue
-        if why is not None:
-            reporter.note(f"teacher: the one in {folder.path} was made on other {why}")
+        if recipe or data:
+            why = f"is another: {recipe}" if recipe else f"was made on other {data}"
+            reporter.note(f"teacher: the one in {folder.path} {why}")
 
 
 def _take_turns(held: ExitStack, place: Path, fabric: Fabric, reporter: Reporter) -> None:

@@ -193,7 +193,7 @@ class Standing(nn.Module):
             if min(down, across) < 0:
                 raise UserError(
                     "verify=full: the exported detector takes pictures of {}x{}, ".format(*self._size)
-                    + "and there are larger ones"
+                    + "and there are larger ones; leave it out: some pictures are compared all the same"
                 )
             image = F.pad(image, (0, across, 0, down))
         boxes, scores, labels = self._run[0](image)

@@ -132,6 +132,8 @@ def predict_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
         print(f"{row['picture']}: {row['class']} ({100 * row['probability']:.1f} %)")
     if len(told) > _TOLD:
         print(f"and {len(told) - _TOLD:,} more in {done.output / 'predictions.csv'}")
+    if any("overlay" in row for row in done.rows):
+        print("a label map and an overlay for each; classes.png says which colour is which class")
     scores = [box["score"] for row in done.rows for box in row.get("boxes", ())]
     if scores:
         sure = sum(score >= threshold for score in scores)
