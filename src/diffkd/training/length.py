@@ -58,7 +58,12 @@ class Length:
         return step % self.every == 0 or step == self.last
 
     def told(self, step: int) -> str:
-        """Where the run is after `step` steps, in a few words: of epochs, in that of the last step."""
+        """Where the run is after `step` steps, in a few words: of epochs, in that of the last step.
+
+        >>> length = Length(5, 20, 20, 5, "epoch")
+        >>> length.told(0), length.told(5), length.told(6)
+        ('epoch 1/4', 'epoch 1/4', 'epoch 2/4')
+        """
         if self.unit == "step":
             return f"step {step}/{self.total}"
         return f"epoch {max(step - 1, 0) // self.per_epoch + 1}/{self.total // self.per_epoch}"
