@@ -210,10 +210,10 @@ def test_boxes_found_missed_and_false_in_pixels_of_the_whole_picture():
     (worst,) = account.sheet()
     assert worst.index == 3
     assert [worst.facts[key] for key in ("found", "missed", "false", "f1")] == [1, 1, 1, 0.5]
-    truth_seen = worst.images[0]  # boxes of a picture of 100 pixels, seen at 50, shown at 200
-    assert truth_seen.shape == (3, 200, 200)
-    assert truth_seen[:, 160, 120].any()
-    assert not truth_seen[:, 164:].any()
+    truth_seen = worst.images[0]  # boxes of a picture of 100 pixels, seen at 50, shown at 180
+    assert truth_seen.shape == (3, 180, 180)
+    assert truth_seen[:, 144, 108].any()
+    assert not truth_seen[:, 148:].any()
 
 
 def test_the_title_of_a_small_matrix_is_whole(tmp_path):

@@ -17,7 +17,7 @@ from diffkd.use.drawing import draw_boxes, picture_of, rgb
 OVERLAP, SCORE = 0.5, 0.3  # IoU from which a box is found; least score that counts as an answer
 SIZES = {"small": 32**2, "medium": 96**2, "large": np.inf}  # COCO's, pixels of area, less than
 _SHOWN = 12
-_SIDES = 200, 256  # pixels of a picture on the sheet: four stand side by side
+_SIDES = 180, 236  # pixels of a picture on the sheet: four stand side by side
 
 
 class BoxAccount(Account):

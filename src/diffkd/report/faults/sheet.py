@@ -13,7 +13,7 @@ from diffkd.runs.disk import write_atomically
 from diffkd.use.drawing import font, picture_of
 
 INK, SOFT, FAINT, PAPER, ACCENT = "#1b1e24", "#555c67", "#e5e2da", "#ffffff", "#3450c4"
-_GAP, _WIDTH = 12, 1080
+_GAP, _WIDTH = 12, 1000  # pixels: as wide as the page shows it whole
 _LEAST, _MOST = 132, 320  # pixels of a picture's longer side
 _MANY = 60  # classes above which a matrix carries no names
 
