@@ -120,8 +120,8 @@ class Recipe(Section):
         teacher, student: the two models.
         teachers: further teachers by name, each as `teacher`: every method learns from each of them.
         method: the methods by name, each with its weight and options.
-        taps: layers of the student by their paths, each with the layer of the teacher that it learns from;
-            null chooses them. With `teachers` it may hold such a mapping for each teacher by its name.
+        taps: layers of the student by their paths, each with the layer of the teacher that it learns from
+            (with `teachers` also such a mapping for each teacher by its name); null chooses them.
         optimizer: kind and options.
         schedule: how the learning rate changes over the run.
         trainer: the loop.
