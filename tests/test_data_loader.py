@@ -1,7 +1,9 @@
 """The loader: who sees which sample when, and with which pixels."""
 
 import multiprocessing
+import pickle
 import random
+import sys
 import warnings
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from diffkd.data.base import Loader, builder
 from diffkd.errors import UserError
 from diffkd.maths.randomness import Draws
+from diffkd.names import load_object
 from diffkd.pictures.memory import ArraySplit, mix_batch
 from picture_cases import build, tree
 
@@ -256,3 +259,25 @@ def test_a_closed_loader_leaves_no_process_behind_and_goes_on():
     assert all(torch.equal(a, b.images) for a, b in zip(first, loader.epoch(), strict=True))
     loader.close()
     Loader(ArraySplit(torch.rand(4, 3, 8, 8), None), 2, shuffle=False).close()
+
+
+def test_processes_started_anew_find_classes_of_ones_own_files(tmp_path, monkeypatch):
+    (tmp_path / "my.data.py").write_text(
+        "class Ones:\n    def __len__(self): return 4\n"
+        "    def __getitem__(self, i): return torch.ones(1, 2, 2), 0\n"
+        "import torch\nones = Ones()\n"
+    )
+    data = load_object(f"{tmp_path}/my.data.py:ones")
+    sent = pickle.dumps(Loader(data, 2, shuffle=False)._workers.dataset)
+    monkeypatch.delitem(sys.modules, type(data).__module__)  # as in a process that has not loaded it
+    assert torch.equal(pickle.loads(sent).samples[0][0], torch.ones(1, 2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Got pickle error")
+def test_what_cannot_be_sent_to_processes_is_one_line():
+    data = Noisy()
+    data.change = lambda picture: picture
+    loader = Loader(data, 20, shuffle=False, workers=1)
+    loader._workers.multiprocessing_context = "spawn"
+    with pytest.raises(UserError, match=r"cannot be sent to the processes .* or set data\.workers=0"):
+        next(loader.epoch())

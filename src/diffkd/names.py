@@ -8,6 +8,8 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -82,22 +84,33 @@ def _load_file(path: Path) -> ModuleType:
     path = path if path.suffix == ".py" else path.with_suffix(".py")
     if not path.is_file():
         raise UserError(f"no file '{path}'")
-    key = f"_diffkd_user_{path.resolve()}"
-    if key in sys.modules:
-        return sys.modules[key]
-    spec = importlib.util.spec_from_file_location(key, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"'{path}' is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[key] = module
     if str(path.parent.resolve()) not in sys.path:  # its neighbours, as for a script
         sys.path.append(str(path.parent.resolve()))
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(OWN + os.fsencode(path.resolve()).hex())
     except Exception as error:
-        del sys.modules[key]
         raise UserError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
-    return module
+
+
+OWN = "_diffkd_user_"
+
+
+class _OwnFiles(MetaPathFinder):
+    """Finds modules that are a user's own files by their names, which hold the file's path.
+
+    So a process that is started anew to read samples finds the classes of what it is sent.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Where a module is; None of one that is no such file."""
+        if not fullname.startswith(OWN):
+            return None
+        place = os.fsdecode(bytes.fromhex(fullname.removeprefix(OWN)))
+        return importlib.util.spec_from_file_location(fullname, place)
+
+
+if not any(isinstance(finder, _OwnFiles) for finder in sys.meta_path):
+    sys.meta_path.append(_OwnFiles())
 
 
 def _load_module(where: str, name: str) -> ModuleType:

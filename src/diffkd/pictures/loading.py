@@ -1,5 +1,6 @@
 """Splits of a data set, and the loader that deals their samples out in a repeatable order."""
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from diffkd import names  # noqa: F401  # finds a user's own files again in processes that read samples
 from diffkd.batch import Batch, as_batch, to_device
-from diffkd.errors import UserError, told
+from diffkd.errors import UserError, first_line, told
 from diffkd.maths.randomness import generators_kept, mix, seed_sample
 from diffkd.pictures.memory import evenly_labelled, together
 
@@ -168,7 +170,7 @@ class Loader:
         streamed = isinstance(self.split, Streamed)
         plan = (_Share(self.seed, number, share.numpy()) for share in shares)
         self._plan.fill(self._streamed(number, start) if streamed else plan, len(self) - start)
-        for batch, said in self._workers:
+        for batch, said in _started(self._workers):
             for line in said:
                 self.say(line)
             if isinstance(batch, UserError):
@@ -251,6 +253,19 @@ class _Plan:
 
     def __len__(self) -> int:
         return self._count
+
+
+def _started(workers: "DataLoader[Any]") -> Iterator[Any]:
+    """A loader's batches; its processes run."""
+    try:
+        return iter(workers)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        if not workers.num_workers:
+            raise
+        raise UserError(
+            f"the data cannot be sent to the processes that read them ({first_line(error)}): define its "
+            "classes and functions at the top of a file, or set data.workers=0"
+        ) from error
 
 
 class _Seeded(Dataset[Any]):
