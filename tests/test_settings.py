@@ -20,6 +20,9 @@ def test_every_section_says_its_keys_with_type_default_and_meaning(diffkd):
     status, out, err = diffkd("settings", "trainer")
     assert status == 0, err
     lines = {line.split()[0]: " ".join(line.split()) for line in out.splitlines()}
+    status, out, _ = diffkd("settings", "taps")  # a key, wherever it stands
+    assert "method.taps" in out
+    assert "text by name by name | null null " in " ".join(out.split())  # however long, columns stay apart
     assert lines["trainer.ema"] == (
         "trainer.ema number | null null decay of the averaged student, which is then what is evaluated and "
         "shipped."

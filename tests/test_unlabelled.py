@@ -180,6 +180,7 @@ REFUSED = {
     "folder data.unlabelled=more data.mixup=0.2": "cannot mix pictures with a label and without",
     "folder data.unlabelled=more data.labels=none data.num_classes=2": "leave out data.unlabelled",
     "boxes.yaml": "task 'detection' needs a target for every picture",
+    "boxes.yaml data=boxes data.unlabelled=more": "task 'detection' needs a target for every picture; leave",
 }
 
 

@@ -282,8 +282,11 @@ def assemble(recipe: Recipe, *, with_teacher: bool = True, student: Side | None 
         UserError: anything that the recipe names does not exist or does not fit.
     """
     check_options(recipe)
+    wanted_task = task_class(recipe.task.name)
+    if recipe.data.unlabelled is not None and recipe.method:
+        _check_unlabelled(recipe, wanted_task)
     recipe, data = build_data(recipe, unlabelled=with_teacher and bool(recipe.method))
-    task = task_class(recipe.task.name)(data, **recipe.task.options)
+    task = wanted_task(data, **recipe.task.options)
     if data.class_weights and not task.weighs_classes:
         raise UserError(f"data.class_weights: task '{recipe.task.name}' weighs no classes")
     data = _with_unlabelled(recipe, data, task)
@@ -300,11 +303,17 @@ def _with_unlabelled(recipe: Recipe, data: Data, task: Task) -> Data:
     if not recipe.method and (data.unlabelled is not None or recipe.data.unlabelled is not None):
         note = "data.unlabelled serves nothing without a method: left out"
         return replace(data, unlabelled=None, notes=(*data.notes, note))
-    if data.unlabelled is not None and not task.unlabelled:
+    if data.unlabelled is not None:
+        _check_unlabelled(recipe, type(task))
+    return data
+
+
+def _check_unlabelled(recipe: Recipe, task: type[Task]) -> None:
+    """Raises UserError where a task cannot learn from pictures without labels."""
+    if not task.unlabelled:
         raise UserError(
             f"data.unlabelled: task '{recipe.task.name}' needs a target for every picture; leave it out"
         )
-    return data
 
 
 def check_outputs(parts: Parts, sample: Batch) -> None:

@@ -185,7 +185,7 @@ def list_(
 @app.command()
 def settings(
     what: Annotated[
-        str, typer.Argument(metavar="[SECTION|METHOD|DATA|TASK]", help="None: all sections.")
+        str, typer.Argument(metavar="[SECTION|METHOD|DATA|TASK|KEY]", help="None: all sections.")
     ] = "",
 ) -> None:
     """Every key of a recipe with its type, its default and what it does."""

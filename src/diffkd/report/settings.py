@@ -63,7 +63,7 @@ def settings(what: str = "", width: int | None = None) -> Iterator[str]:
     """Lines `key  type  default  sentence` of a section, a method, a data set or a task; of all sections.
 
     Args:
-        what: its name; none is all sections.
+        what: its name, or a part of keys' names, wherever they stand; none is all sections.
         width: characters of a line, where the sentence stands beneath; None has one line for each key.
 
     Raises:
@@ -72,14 +72,37 @@ def settings(what: str = "", width: int | None = None) -> Iterator[str]:
     >>> list(settings("kd", 60))[2:4]
     ['  method.kd.weight  number | auto  0.9', '      of all its losses beside the supervised ones; auto']
     """
-    for group in groups(what):
+    for group in _named(what):
         yield from wrapped(f"{group.title}: {group.said}", width, 2)
         for one in group.settings:
             if width is None:
-                yield f"  {one.key:<32}{one.kind:<28}{one.default:<16}{one.said}".rstrip()
+                yield f"  {one.key:<31} {one.kind:<27} {one.default:<15} {one.said}".rstrip()
             else:
                 yield from wrapped("  " + "  ".join(filter(None, one[:3])), width, 6)
                 yield from wrapped(f"      {one.said}", width, 6)
+
+
+def _named(what: str) -> Iterator[Group]:
+    """The groups of a name; where there is none, of all groups the keys that hold it.
+
+    >>> [(group.title, [one.key for one in group.settings]) for group in _named("boundary")]
+    [('task=segmentation', ['task.boundary_ratio'])]
+    """
+    try:
+        yield from list(groups(what))
+    except UserError:
+        every = [group for name in _SECTIONS for group in groups(name)]
+        for room in _ROOMS:
+            for name in submodules(f"diffkd.{room}"):
+                of = "" if room == "methods" else f"={name}"
+                every += [group._replace(title=f"{group.title}{of}") for group in groups(name)]
+        held = (
+            group._replace(settings=[one for one in group.settings if what in one.key]) for group in every
+        )
+        found = [group for group in held if group.settings]
+        if not found:
+            raise
+        yield from found
 
 
 def wrapped(line: str, width: int | None, indent: int) -> list[str]:
