@@ -125,12 +125,20 @@ def test_a_teacher_without_weights_teaches_to_the_end(run):
     assert folder.read_summary()["teacher"]["parameters"] == 0
 
 
-def test_fit_runs_in_a_thread(run):
+def test_runs_in_two_threads_end_with_the_same_bits(run, tmp_path):
     found = []
-    thread = threading.Thread(target=lambda: found.append(run("unused", "method=none", "trainer.epochs=1")))
-    thread.start()
-    thread.join()
-    assert found[0][0].finished
+
+    def work(name):
+        words = ("method=none", "trainer.epochs=1", f"output={tmp_path / name}")
+        found.append(run("unused", *words)[0])
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(folder.finished for folder in found)
+    assert len({folder.student_file.read_bytes() for folder in found}) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A run folder under trouble: two that want it, damaged files, parents and memory that are gone."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from diffkd.pictures.loading import Loader
 from diffkd.pictures.memory import ArraySplit
 from diffkd.recipe.schema import load
 from diffkd.recipe.sides import Side
+from diffkd.runs.disk import write_atomically
 from diffkd.runs.folder import RunFolder
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.detection import Detection
@@ -91,6 +93,16 @@ def test_damaged_side_files_are_one_line_that_names_them(tmp_path, content):
         assert "\n" not in str(raised.value)
     (folder.path / "checksums.json").write_bytes(DAMAGED[content])
     assert "checksums.json" in (folder.damage() or "") or content == "another mapping"
+
+
+def test_a_writer_that_finds_no_room_names_the_file_it_was_to_write(tmp_path):
+    def write(place):
+        place.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.csv'"):
+        write_atomically(tmp_path / "a.csv", write)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_flipped_bit_and_a_missing_file_of_a_finished_run_are_named(tmp_path):

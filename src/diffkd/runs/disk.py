@@ -30,7 +30,8 @@ def write_atomically(place: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         partial.chmod(mode)
         settle(partial, place)
-    except OSError:
+    except OSError as error:
+        error.filename = str(place)  # not the one beside it, or none
         raise
     except Exception as error:
         if not is_full(place, error):

@@ -1,6 +1,7 @@
 """A recipe run to its end: the teacher made where there is none, then the student trained."""
 
 from contextlib import ExitStack
+from threading import RLock
 
 from lightning.fabric import Fabric
 
@@ -18,9 +19,14 @@ from diffkd.training.ranks import ending_together
 from diffkd.training.teacher import make_teacher
 from diffkd.training.trainer import Trainer
 
+# Random generators and the number of threads are the process's: two threads would draw from each other's.
+_ONE_RUN = RLock()
+
 
 def fit(recipe: Recipe, reporter: Reporter | None = None, witness: Witness | None = None) -> RunFolder:
     """Runs a recipe: makes its teacher if the recipe says how, then trains the student.
+
+    Of several threads one run goes on at a time.
 
     Args:
         recipe: the run.
@@ -33,7 +39,7 @@ def fit(recipe: Recipe, reporter: Reporter | None = None, witness: Witness | Non
     """
     reporter = reporter or Reporter(progress=recipe.trainer.progress)
     fabric = make_fabric(recipe)
-    with ending_together(fabric), in_one_line(recipe):
+    with _ONE_RUN, ending_together(fabric), in_one_line(recipe):
         launch(fabric, reporter.note)
         reporter.active = reporter.active and fabric.is_global_zero
         if recipe.trainer.devices == "auto" and fabric.world_size > 1:

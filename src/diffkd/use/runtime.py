@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,20 @@ def write(
     """
     dynamic = dict.fromkeys(axes, torch.export.Dim.AUTO)
     about = json.dumps(told)
+    content = BytesIO()  # PyTorch's own writers end the process where a disk is full
     try:
         with torch.no_grad(), _quiet():
             if to == "onnx":
                 _write_onnx(module, images, place, dynamic, opset, told)
             elif to == "torchscript":
                 traced = torch.jit.trace(module, images, check_trace=False)  # type: ignore[no-untyped-call]
-                torch.jit.save(traced, place, _extra_files={ABOUT: about})
+                torch.jit.save(traced, content, _extra_files={ABOUT: about})
             else:
                 program = torch.export.export(module, (images,), dynamic_shapes=(dynamic or None,))
-                with place.open("wb") as file:
-                    torch.export.save(program, file, extra_files={ABOUT: about})
-    except UserError:
+                torch.export.save(program, content, extra_files={ABOUT: about})
+        if to != "onnx":
+            place.write_bytes(content.getbuffer())
+    except (UserError, OSError):
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
