@@ -236,8 +236,7 @@ class DiffKD(nn.Module):
         kept: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Noise matching, the DDIM steps, the projection; also gamma `(B,)`. `kept` gets what is between."""
-        if noise is None:
-            noise = noise_like(latent)
+        noise = noise_like(latent) if noise is None else noise
         gamma = self.noise_matcher(without_void(latent, valid), valid)
         share = gamma.view(-1, *[1] * (latent.dim() - 1))
         noisy = without_void(share * latent + (1 - share) * noise, valid)
@@ -294,8 +293,9 @@ class DiffKDMethod(Method):
         kd = d(denoised(gamma F + (1 - gamma) eps), Z), d mse or KL, denoised by a few DDIM steps with e
         reconstruction = mean((decoded(Z) - teacher)^2),
 
-    gamma learnt for each sample. What the default preset does otherwise is said in `DiffKD`. Use it where
-    the student is much smaller than the teacher: its features look like noisy ones. It costs time.
+    gamma learnt for each sample. What the default preset does otherwise is said in `DiffKD`.
+
+    Use it where the student is much smaller than the teacher: its features look noisy. It costs time.
 
     Args:
         setup: what the run taps.
