@@ -143,6 +143,7 @@ def test_a_run_makes_both_once_tells_them_apart_and_resumes(diffkd, tmp_path):
     Image.effect_noise((8, 8), 80).save(tmp_path / "picture.png")
     status, out, err = diffkd("visualize", "b", "picture.png", **env)
     assert (status, err) == (0, "")
+    assert out.endswith("\n1 picture: b/denoising/index.html\n")
     assert out.startswith("of several teachers the first is shown, and what was learned from it: simple/cnn4")
     first = json.loads((tmp_path / "b/summary.json").read_text())["teacher"]["weights"]
     alike = similarity(RunFolder("b"), first)

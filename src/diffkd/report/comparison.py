@@ -256,7 +256,7 @@ def caption(comparison: Mapping[str, Any]) -> str:
     score = f" ({percent(teacher['score'])})" if teacher and teacher["score"] is not None else ""
     taught = f"{teacher['model']}{score} -> " if teacher else ""
     seeds = len(comparison["seeds"])
-    return f"{comparison['title']}: {taught}{student['model']}, {_length(comparison)}, {seeds} seed(s)"
+    return f"{comparison['title']}: {taught}{student['model']}, {_length(comparison)}, {seeds} seed{'s' * (seeds != 1)}"
 
 
 def _length(comparison: Mapping[str, Any]) -> str:

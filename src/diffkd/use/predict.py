@@ -138,7 +138,8 @@ def predict_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
     if scores:
         sure = sum(score >= threshold for score in scores)
         print(f"{sure:,} boxes of score {threshold:g} or more are drawn, of {len(scores):,} found")
-    print(f"{len(done.rows)} pictures, {len(done.unreadable)} unreadable: {done.output}")
+    count = f"{len(done.rows)} picture{'s' * (len(done.rows) != 1)}"
+    print(f"{count}, {len(done.unreadable)} unreadable: {done.output}")
     return done.unreadable
 
 

@@ -61,7 +61,7 @@ def visualize_words(run: str, words: Sequence[str]) -> tuple[str, ...]:
         print(f"of several teachers the first is shown, and what was learned from it: {shown.first}")
     for name in shown.single:
         print(f"{name}: not drawn, it has a single position")
-    print(f"{shown.pictures} pictures: {shown.page}")
+    print(f"{shown.pictures} picture{'s' * (shown.pictures != 1)}: {shown.page}")
     return shown.unreadable
 
 
