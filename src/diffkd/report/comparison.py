@@ -255,8 +255,9 @@ def caption(comparison: Mapping[str, Any]) -> str:
     teacher, student = comparison["teacher"], comparison["student"]
     score = f" ({percent(teacher['score'])})" if teacher and teacher["score"] is not None else ""
     taught = f"{teacher['model']}{score} -> " if teacher else ""
-    seeds = len(comparison["seeds"])
-    return f"{comparison['title']}: {taught}{student['model']}, {_length(comparison)}, {seeds} seed{'s' * (seeds != 1)}"
+    count = len(comparison["seeds"])
+    seeds = f"{count} seed{'s' * (count != 1)}"
+    return f"{comparison['title']}: {taught}{student['model']}, {_length(comparison)}, {seeds}"
 
 
 def _length(comparison: Mapping[str, Any]) -> str:
