@@ -15,6 +15,7 @@ from diffkd.pictures.held import classes_in
 from diffkd.pictures.memory import ArraySplit
 from diffkd.recipe.classes import build_data
 from diffkd.recipe.schema import load
+from mask_cases import street
 from picture_cases import paint
 
 NATURAL = ["c2", "c9", "c10"]
@@ -119,3 +120,9 @@ def test_weights_that_mean_nothing_are_named(tmp_path):
     torch.save({"a": {"b": state}, "c": {"d": state}}, tmp_path / "deep.pth")
     with pytest.raises(UserError, match=r"holds no weights \(it has: a, c\)"):
         read_weights(tmp_path / "deep.pth")
+
+
+def test_sets_that_number_their_classes_themselves_say_why_they_have_no_other_order(tmp_path):
+    recipe = load("masks", [f"data.root={street(tmp_path, count=2)}", "data.class_order=natural"])
+    with pytest.raises(UserError, match=r"say the numbers themselves \(values of masks.*leave it out"):
+        build_data(recipe)

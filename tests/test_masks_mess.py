@@ -69,6 +69,21 @@ def test_a_table_of_classes_that_has_no_end_is_refused(tmp_path):
         build(str(street(tmp_path)), classes="/dev/zero")
 
 
+def test_masks_that_begin_at_one_are_told_how_to_count(tmp_path):
+    root = street(tmp_path)
+    for place in (root / "masks").glob("*/*.png"):
+        values = np.asarray(Image.open(place))
+        Image.fromarray(np.where(values == 255, 255, values + 1).astype(np.uint8)).save(place)
+    assert any("data.classes=[void,NAME,...] counts" in note for note in build(str(root)).notes)
+    with pytest.raises(UserError, match=r"holds the value 3 .* put void first among the names"):
+        build(str(root), classes=["road", "kerb", "car"])
+    data = build(str(root), classes=["void", "road", "kerb", "car"])
+    assert {int(v) for _, mask in data.test for v in mask.unique()} == {0, 1, 2, 255}
+    for size in (10**9, [64, 10**6]):
+        with pytest.raises(UserError, match=r"crop_size=.*needs at most 16384 pixels"):
+            build(str(root), crop_size=size)
+
+
 def test_masks_of_negative_values_are_named(tmp_path):
     root = street(tmp_path)
     (root / "masks" / "train" / "1.png").unlink()

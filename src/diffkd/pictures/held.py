@@ -92,7 +92,10 @@ def renumbered(split: Split, places: np.ndarray) -> Split:
     if isinstance(split, ArraySplit) and can_renumber(split):
         return split.renumbered(places)
     if not isinstance(split, Pictures) or not can_renumber(split):
-        raise UserError("data.class_order: this data set's classes have the order that they have")
+        raise UserError(
+            "data.class_order numbers classes of whole pictures that have names; the data say the numbers "
+            "themselves (values of masks, ids of boxes, rows of a stream): leave it out"
+        )
     found = copy(split)
     found.source = Renumbered(split.source, places)
     return found

@@ -15,6 +15,7 @@ from diffkd.errors import UserError
 from diffkd.pictures.files import IMAGENET_MEAN
 
 VOID = 255  # the label of pixels that mean nothing
+_LARGEST_SIDE = 16384  # pixels
 PADDING = tuple(round(255 * m) for m in IMAGENET_MEAN)
 
 
@@ -88,7 +89,7 @@ def size_of(value: int | Sequence[int], key: str) -> tuple[int, int]:
     """`(H, W)` of one number or two, as an option says it.
 
     Raises:
-        UserError: it is neither, or less than a pixel; `key` names the option.
+        UserError: it is neither, less than a pixel, or beyond all memory; `key` names the option.
 
     >>> size_of(64, "data.crop_size"), size_of([32, 64], "data.crop_size")
     ((64, 64), (32, 64))
@@ -96,6 +97,8 @@ def size_of(value: int | Sequence[int], key: str) -> tuple[int, int]:
     size = (value, value) if isinstance(value, int) else tuple(value)
     if len(size) != 2 or min(size) < 1:
         raise UserError(f"{key}={value}: needs a number of pixels, or two (height, width)")
+    if max(size) > _LARGEST_SIDE:
+        raise UserError(f"{key}={value}: needs at most {_LARGEST_SIDE} pixels")
     return size[0], size[1]
 
 

@@ -286,7 +286,8 @@ def _counted(
     told = f"no class names: values 0 to {highest} are the classes" + f", but for {ignore}" * (
         ignore is not None and ignore < highest
     )
-    way = "; data.ignore_index=0 counts the classes from 1" * (gaps == ["0"] and 255 not in present)
+    way = "data.ignore_index=0" if 255 not in present else "data.classes=[void,NAME,...]"
+    way = f"; {way} counts the classes from 1" * (gaps == ["0"])
     notes = (told,) + ((f"no mask holds the value {', '.join(gaps)}{way}",) if gaps else ())
     return tuple(map(str, values)), {value: i for i, value in enumerate(values)}, notes
 
@@ -311,8 +312,9 @@ def _check_codes(
                     "have no colours; give a file of 'red green blue name' lines: data.classes=FILE"
                 )
             what = "colour" if coloured else "value"
+            from_one = "; where classes begin at 1, put void first among the names" * (code == len(names))
             raise UserError(
                 f"mask '{place}' holds the {what} {code_name(code)} in {pixels} pixels, which is none of the "
                 f"{len(names)} classes ({known or 'all of them colours'}) and not void; data.classes=FILE "
-                f"says what {what}s mean, data.ignore_index=VALUE which is void" + binary
+                f"says what {what}s mean, data.ignore_index=VALUE which is void" + binary + from_one
             )
