@@ -72,6 +72,8 @@ def test_an_unreadable_picture_is_named_and_left_out(diffkd, pictures, tmp_path)
     assert (status, "'nowhere': no such picture" in err) == (2, True)
     status, _, err = diffkd("predict", run, pictures, "top=0")
     assert (status, err) == (2, "error: top=0: needs at least 1\n")
+    status, _, err = diffkd("predict", run, pictures, "threshold=nan")
+    assert (status, err) == (2, "error: threshold=nan: needs 0 to 1\n")
 
 
 def test_label_maps_of_pictures(diffkd, pictures, tmp_path):

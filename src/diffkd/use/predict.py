@@ -89,11 +89,13 @@ def predict(
         trust: runs the code that the run names, as in `load_student`.
 
     Raises:
-        UserError: there is no such student or picture, no class is asked for, or the folder cannot be written
-            to.
+        UserError: there is no such student or picture, no class is asked for, the threshold is no score, or
+            the folder cannot be written to.
     """
     if top < 1:
         raise UserError(f"top={top}: needs at least 1")
+    if not 0 <= threshold <= 1:
+        raise UserError(f"threshold={threshold}: needs 0 to 1")
     student = load_student(run, trust=trust, which=which)
     places = find_pictures(words)
     folder = Path(output or Path(run) / "predictions")

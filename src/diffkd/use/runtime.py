@@ -68,7 +68,10 @@ def write(
                 torch.export.save(program, content, extra_files={ABOUT: about})
         if to != "onnx":
             place.write_bytes(content.getbuffer())
-    except (UserError, OSError):
+    except OSError as error:
+        error.filename = str(place)
+        raise
+    except UserError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
