@@ -38,7 +38,7 @@ def test_a_detector_of_ones_own_is_distilled_and_evaluated(diffkd, recipe, tmp_p
     assert 0 < summary["last"]["iou"] <= 1
     status, said, error = diffkd("evaluate", "run", "trust=true")
     assert status == 0, error
-    assert f"iou {summary['last']['iou']!r}" in said
+    assert f"iou {100 * summary['last']['iou']:.2f} %" in said
     assert "as recorded" in said
 
 
