@@ -199,7 +199,7 @@ MISTAKES = {
     "no seeds": (["seeds=0"], "seeds=0: needs a whole number of at least 1"),
     "jobs": (["jobs=-1"], "jobs=-1: needs a whole number of at least 1"),
     "method": (["method=kd"], "write methods=... instead of method=kd"),
-    "negative weight": (["method.kd.weight=-1"], "method.kd.weight: needs at least 0, got -1"),
+    "negative weight": (["method.kd.weight=-1"], "method.kd.weight: needs at least 0, or 'auto', got -1"),
     "cannot serve": (
         ["methods=kd", "taps={stage3: stage3}"],
         "methods: 'kd': method 'kd' needs class scores",

@@ -233,7 +233,7 @@ PICTURES = np.zeros((12, 6, 6, 3), np.uint8)
         ({"x": np.full((12, 6, 6), np.nan)}, r"train\.npz.*NaN"),
         ({"x": np.full((12, 6, 6), 255.0)}, r"train\.npz.*255"),
         ({"y": np.zeros(11, int)}, r"train\.npz.*\(11,\).*\(12,\)"),
-        ({"y": np.zeros(12)}, r"train\.npz.*float64"),
+        ({"y": np.full(12, 0.5)}, r"train\.npz.*float64"),
         ({"y": np.arange(12) - 1}, r"train\.npz.*label -1"),
         ({"y": np.array([None] * 12)}, r"cannot read.*train\.npz"),
     ],
