@@ -133,8 +133,8 @@ class Distiller(nn.Module):
         of_scores = {name for name, choice in chosen.items() if choice.of_scores}
         independent: bool = getattr(self._roles, "independent", False)
         for name, choice in chosen.items():
+            scores_taught = bool(of_scores - {name})
             for place, lesson in enumerate(lessons):
-                scores_taught = bool(of_scores - {name})
                 pairs, shares = choice.pairs(name, lesson.wanted(choice.build), scores_taught=scores_taught)
                 if independent:
                     binary = getattr(choice.build, "binary", False)

@@ -22,7 +22,6 @@ from diffkd.use.trained import as_trained
 SCENES = 3
 SURE = 0.3  # least score of a box that is shown
 _VOID = (224, 224, 192)  # as Pascal VOC paints it
-_PARTS = "boxes", "labels", "scores"  # of what a detector finds
 _BY_SIZE = {
     "ap": "all",
     "ap50": "all, IoU 0.5",
@@ -173,11 +172,10 @@ def _with_boxes(
         origin: `(H, W)` in pixels of which the boxes are.
         names: of the classes.
     """
-    boxes, labels, scores = (found[key][keep] if key in found else None for key in _PARTS)
-    assert boxes is not None
-    assert labels is not None
-    picture = Image.fromarray(_pixels(image))
-    return draw_boxes(picture, boxes, labels, names, scores, origin=origin).permute(1, 2, 0).numpy()
+    picture, scores = Image.fromarray(_pixels(image)), found.get("scores")
+    sure = None if scores is None else scores[keep]
+    drawn = draw_boxes(picture, found["boxes"][keep], found["labels"][keep], names, sure, origin=origin)
+    return drawn.permute(1, 2, 0).numpy()
 
 
 def _by_size(

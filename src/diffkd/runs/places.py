@@ -94,8 +94,10 @@ def users(teacher: Path) -> list[Path]:
 
 def _learns_from(folder: RunFolder, teacher: Path) -> bool:
     """Whether a run that noted its use of a teacher is still there: another may have its place by now."""
-    if not folder.recipe_file.is_file() or not folder.finished:
-        return folder.recipe_file.is_file()
+    if not folder.recipe_file.is_file():
+        return False
+    if not folder.finished:
+        return True
     try:
         summary = read_json(folder.path / "summary.json")
         taught = [summary["teacher"] or {}, *(summary.get("teachers") or {}).values()]

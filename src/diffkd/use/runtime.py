@@ -124,14 +124,19 @@ def _write_onnx(
     version = next(known.version for known in made.opset_import if known.domain in ("", "ai.onnx"))
     if opset is not None and version != opset:
         raise UserError(f"opset={opset}: this model needs a newer one; {version} can be had")
-    describe(place, told)
+    _save_described(made, place, told)
 
 
 def describe(place: Path, told: Mapping[str, Any]) -> None:
     """Writes into an ONNX file what it says of itself, in place of what it said."""
     import onnx
 
-    model = onnx.load(place)
+    _save_described(onnx.load(place), place, told)
+
+
+def _save_described(model: Any, place: Path, told: Mapping[str, Any]) -> None:
+    import onnx
+
     words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
     onnx.helper.set_model_props(model, words)
     onnx.save(model, place)

@@ -38,12 +38,8 @@ def read(
     texts = {p[: -len(".txt")] for p in existing(labels) if p.endswith(".txt")}
     source = f"'{labels.name}'" if labels.name == "labels" else f"'{labels.parent.name}/{labels.name}'"
     found = Collected(source, pictures, relative=True)
-    highest, polygons, like_points, lonely = (
-        -1,
-        0,
-        True,
-        set(texts) - {"classes", "labels", "obj", "train", "val", "test"},
-    )
+    highest, polygons, like_points = -1, 0, True
+    lonely = texts - {"classes", "labels", "obj", "train", "val", "test"}
     for path in files:
         stem = path.rpartition(".")[0]
         rows = list(_rows(labels / f"{stem}.txt", points)) if stem in texts else []
